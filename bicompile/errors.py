@@ -1,0 +1,194 @@
+"""Every error a user can meet, as a catalogue: what failed, where, what was given, what is accepted, what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+def _text(value: object) -> str:
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return ", ".join(str(v) for v in value) or "nothing"
+    return str(value)
+
+
+class BicompileError(RuntimeError):
+    """Base class of all errors of this package.
+
+    A subclass states its message as three templates, filled from the keyword fields given to the
+    constructor: ``what`` failed, what is ``accepted``, and what to do ``next``.  The field ``line``
+    (the user's source line) is appended where it is known.
+
+    Example:
+        >>> str(UnknownOption(option="fuell", value=3, accepted=["fuel"])).splitlines()[0]
+        "unknown value 3 for option 'fuell' of the batch_invariant backend"
+    """
+
+    what: ClassVar[str] = "{what}"
+    accepts: ClassVar[str] = ""
+    next: ClassVar[str] = ""
+
+    def __init__(self, *, line: str | None = None, **fields: object) -> None:
+        self.line = line
+        self.fields = fields
+        texts = {name: _text(value) for name, value in fields.items()}
+        parts = [self.what.format(**texts)]
+        if line:
+            parts.append(f"  at: {line}")
+        if self.accepts:
+            parts.append("  accepted: " + self.accepts.format(**texts))
+        if self.next:
+            parts.append("  next: " + self.next.format(**texts))
+        super().__init__("\n".join(parts))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.line, self.fields)
+
+
+def _rebuild(cls: type[BicompileError], line: str | None, fields: dict[str, object]) -> object:
+    return cls(line=line, **fields)
+
+
+class UnsupportedOp(BicompileError):
+    """An op of the graph has no invariant kernel and no reason to be invariant by itself."""
+
+    what = "{op} cannot be made batch-invariant: {reason}\n  given: {given}"
+    accepts = "ops of docs/ops.md and pointwise, view, copy and integer ops"
+    next = (
+        "rewrite the line with an accepted op, move it out of the compiled function, or pass "
+        'options={{"unsupported": "allow"}} to run it as PyTorch does, without the guarantee'
+    )
+
+
+class UnsupportedDtype(BicompileError):
+    """An op that has an invariant kernel was given a dtype that the kernel does not have."""
+
+    what = "{op} has no invariant kernel for {dtype}\n  given: {given}"
+    accepts = "{accepted}"
+    next = "cast the inputs, for example with .float(), or keep this line out of the compiled function"
+
+
+class UnsupportedDevice(BicompileError):
+    """A graph runs on a device type for which no kernels exist."""
+
+    what = "no invariant kernels exist for device type '{device}'"
+    accepts = "cpu, cuda"
+    next = "move the model and its inputs to one of these devices"
+
+
+class UnsupportedGradient(BicompileError):
+    """A gradient was asked for through an op that has only a forward kernel."""
+
+    what = "{op} has no invariant backward kernel"
+    accepts = "inference"
+    next = "call the compiled model under torch.no_grad() or torch.inference_mode()"
+
+
+class RandomOp(BicompileError):
+    """An op draws random numbers, so its value depends on the element's position in the batch."""
+
+    what = "{op} draws random numbers by position in the batch, so it cannot be batch-invariant"
+    next = (
+        "in most models this is dropout: call model.eval(); otherwise draw the numbers outside the "
+        'compiled function, or pass options={{"random": "allow"}}'
+    )
+
+
+class BatchStatistics(BicompileError):
+    """A normalisation takes its statistics over the batch."""
+
+    what = "{op} takes its statistics over the batch, so a row depends on its neighbours\n  given: {given}"
+    next = "call model.eval() to normalise by running statistics, or use GroupNorm or LayerNorm"
+
+
+class GraphBreak(BicompileError):
+    """Dynamo could not capture the function in one graph; the rest would run unguarded."""
+
+    what = "the model does not fit in one graph: {reason}"
+    next = (
+        "remove the cause (torch.compile(..., fullgraph=True) names it with its line), or pass "
+        'options={{"graph_breaks": "allow"}}: code between the graphs then runs without the guarantee'
+    )
+
+
+class RecompileLimit(BicompileError):
+    """The function was compiled for so many shapes that Dynamo would run the next one eagerly."""
+
+    what = "{function} needs more than {limit} graphs; PyTorch would run the next one without the guarantee"
+    next = (
+        "mark the varying sizes as dynamic (torch.compile(dynamic=True) or bicompile.compile), or "
+        "raise torch._dynamo.config.recompile_limit"
+    )
+
+
+class SuppressedErrors(BicompileError):
+    """``torch._dynamo.config.suppress_errors`` would turn every refusal into a silent eager run."""
+
+    what = "torch._dynamo.config.suppress_errors is True: a refused graph would run eagerly, unseen"
+    next = "set torch._dynamo.config.suppress_errors = False"
+
+
+class UnknownOption(BicompileError):
+    """An option of the backend, or its value, does not exist."""
+
+    what = "unknown value {value} for option '{option}' of the batch_invariant backend"
+    accepts = "{accepted}"
+    next = "correct the option"
+
+
+class UnsafeSetting(BicompileError):
+    """The model is set up in a way for which the guarantee cannot hold."""
+
+    what = "{setting} is {value}: {reason}"
+    accepts = "{accepted}"
+    next = "{todo}"
+
+
+class CompilerNotFound(BicompileError):
+    """No C++ compiler: the CPU kernels are built at first use."""
+
+    what = "no C++ compiler found to build the CPU kernels\n  tried: {tried}"
+    accepts = "g++ >= 11 or clang++ >= 14, by name in CXX or on PATH"
+    next = "install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++)"
+
+
+class CompilationFailed(BicompileError):
+    """The C++ compiler refused the CPU kernels."""
+
+    what = "building the CPU kernels failed\n  command: {command}\n{output}"
+    accepts = "g++ >= 11 or clang++ >= 14 with C++20"
+    next = "name another compiler in the environment variable CXX"
+
+
+class ModelNotFound(BicompileError):
+    """A model named by the user could not be loaded."""
+
+    what = "cannot load the model {model}: {reason}"
+    accepts = "a folder with a transformers model, a hub id, or nothing for the small built-in choice"
+    next = "check the name; a hub id needs a network connection or a filled cache"
+
+
+class HashMismatch(BicompileError):
+    """A downloaded file is not the one that was published."""
+
+    what = "{file} has the wrong content\n  expected: sha256 {expected}\n  given: sha256 {actual}"
+    next = "the file was removed; run the command again to fetch it anew"
+
+
+class NetworkUnavailable(BicompileError):
+    """A download failed."""
+
+    what = "cannot download {model}\n{output}"
+    next = "check the connection or pip's index settings, or name a local model with --model FOLDER"
+
+
+class RegistrationError(BicompileError):
+    """A kernel, rule or contract is not consistent; for those who add ops."""
+
+    what = "cannot register {name}: {reason}"
+    next = "see 'Adding an op' in CONTRIBUTING.md"
+
+
+def catalogue() -> Sequence[type[BicompileError]]:
+    """All error classes a user can meet, in the order of this file."""
+    return [c for c in globals().values() if isinstance(c, type) and issubclass(c, BicompileError)][1:]

@@ -1,0 +1,94 @@
+"""Helpers for rewriting FX graphs: insert a call, read shapes, name the user's line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_map
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)\n\s*(?P<code>.*)')
+
+
+def value(x: Any) -> Any:
+    """The fake value of a node; anything else is returned as it is."""
+    return x.meta["val"] if isinstance(x, Node) else x
+
+
+def user_line(node: Node) -> str | None:
+    """The line of the user's program that a node came from, as ``file:line, in function: code``."""
+    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    if not frames:
+        return None
+    frame = frames[-1].groupdict()
+    return f"{frame['file']}:{frame['line']}, in {frame['function']}: {frame['code'].strip()}"
+
+
+def describe(x: Any) -> str:
+    """A value as the user thinks of it: ``bfloat16[8, s0, 64]``."""
+    x = value(x)
+    if isinstance(x, torch.Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')}{[str(s) for s in x.shape]}".replace("'", "")
+    if isinstance(x, (list, tuple)):
+        return f"[{', '.join(describe(v) for v in x)}]"
+    return str(x)
+
+
+def describe_call(node: Node) -> str:
+    """The arguments of a call."""
+    named = [f"{k}={describe(v)}" for k, v in node.kwargs.items()]
+    return ", ".join([*(describe(a) for a in node.args), *named])
+
+
+def subgraphs(gm: GraphModule) -> Iterator[GraphModule]:
+    """The module itself and every graph nested in it."""
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            yield module
+
+
+class Emit:
+    """Inserts calls before a node, with fake values, and puts the last one in its place.
+
+    Example:
+        >>> emit = Emit(node)                                       # doctest: +SKIP
+        >>> emit.take_place(emit(torch.ops.aten.add.Tensor, a, b))  # doctest: +SKIP
+    """
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.graph = node.graph
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """Call `target` on nodes and constants."""
+        with self.graph.inserting_before(self.node):
+            new = self.graph.call_function(target, args, kwargs)
+        fake_args, fake_kwargs = tree_map(value, (args, kwargs))
+        new.meta = {
+            k: self.node.meta[k]
+            for k in ("stack_trace", "nn_module_stack", "original_aten", "source_fn_stack")
+            if k in self.node.meta
+        }
+        with _fake_mode(fake_args, fake_kwargs):
+            new.meta["val"] = target(*fake_args, **fake_kwargs)
+        return new
+
+    def take_place(self, new: Node | tuple[Node | None, ...]) -> None:
+        """Let the users of the node use `new` instead; a tuple stands for several outputs."""
+        if isinstance(new, tuple):
+            for user in list(self.node.users):
+                output = new[user.args[1]]  # type: ignore[index]
+                if output is not None:
+                    user.replace_all_uses_with(output)
+                    self.graph.erase_node(user)
+        else:
+            self.node.replace_all_uses_with(new)
+        self.graph.erase_node(self.node)
+
+
+def _fake_mode(*values: Any) -> Any:
+    mode = torch._guards.detect_fake_mode(values)
+    return mode if mode is not None else torch.no_grad()

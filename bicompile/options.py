@@ -1,0 +1,67 @@
+"""The options of the backend: `torch.compile(..., backend="batch_invariant", options={...})`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from bicompile.errors import UnknownOption
+
+_POLICIES = ("error", "allow")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may relax or switch; each relaxation stands in the report.
+
+    Args:
+        unsupported: an op without an invariant kernel is an "error", or "allow"ed to run as it is.
+        graph_breaks: the same for graph breaks.
+        random: the same for ops that draw random numbers.
+        schedules: "certified" uses every schedule that is known to give equal bits on this
+            machine, "single" one schedule per op, dtype and reduced size.
+        disable: passes left out, by name.
+        fuel: apply only the first `fuel` rewrites; None applies all.
+    """
+
+    unsupported: str = "error"
+    graph_breaks: str = "error"
+    random: str = "error"
+    schedules: str = "certified"
+    disable: tuple[str, ...] = ()
+    fuel: int | None = None
+
+    @classmethod
+    def parse(cls, given: Mapping[str, object] | None) -> Options:
+        """Check the user's dictionary.
+
+        Raises:
+            UnknownOption: a name or a value is not known.
+
+        Example:
+            >>> Options.parse({"random": "allow"}).random
+            'allow'
+        """
+        from bicompile.pipeline import PIPELINE
+
+        accepted: dict[str, tuple[str, ...]] = {
+            **dict.fromkeys(("unsupported", "graph_breaks", "random"), _POLICIES),
+            "schedules": ("certified", "single"),
+            "disable": tuple(p.__name__ for p in PIPELINE),
+        }
+        known = [f.name for f in fields(cls)]
+        values: dict[str, object] = dict(given or {})
+        for name, value in values.items():
+            if name not in known:
+                raise UnknownOption(option=name, value=repr(value), accepted=known)
+            if name == "fuel":
+                ok = value is None or (isinstance(value, int) and value >= 0)
+                accepted[name] = ("None", "a number of rewrites >= 0")
+            elif name == "disable":
+                values[name] = (value,) if isinstance(value, str) else tuple(value)  # type: ignore[arg-type]
+                ok = set(values[name]) <= set(accepted[name])  # type: ignore[call-overload]
+            else:
+                ok = value in accepted[name]
+            if not ok:
+                raise UnknownOption(option=name, value=repr(value), accepted=accepted[name])
+        return cls(**values)  # type: ignore[arg-type]

@@ -1,0 +1,72 @@
+"""The passes in their order, and the one runner for all of them.
+
+A pass is ``def name(gm, *, run) -> None``: it asks ``run.fuel()`` before each rewrite and records
+a `Decision` with ``run.decide(...)``.  It is idempotent, keeps ``meta["val"]`` true and never
+introduces aliasing.  Its docstring shows a graph before and after.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch.fx import GraphModule, Node
+
+from bicompile import graph
+from bicompile.options import Options
+from bicompile.passes.audit import audit
+from bicompile.passes.canonicalize import canonicalize
+from bicompile.passes.fuse import fuse
+from bicompile.passes.replace import replace
+from bicompile.report import Decision, Report, Verdict
+
+log = logging.getLogger(__name__)
+
+Pass = Callable[..., None]
+PIPELINE: tuple[Pass, ...] = (canonicalize, replace, fuse, audit)
+
+
+@dataclass
+class Run:
+    """One run of the pipeline over one graph: its options, its fuel and its report."""
+
+    options: Options
+    report: Report
+    backward: bool = False
+    rewrites: int = field(default=0, init=False)
+
+    def fuel(self) -> bool:
+        """Whether one more rewrite may be made; counts it."""
+        if self.options.fuel is not None and self.rewrites >= self.options.fuel:
+            return False
+        self.rewrites += 1
+        return True
+
+    def decide(
+        self, node: Node, reason: str, *, became: str | None = None, verdict: Verdict | None = None
+    ) -> None:
+        """Record what happens to a node."""
+        if verdict is None:
+            verdict = Verdict.DETERMINISTIC if self.backward and became else Verdict.INVARIANT
+        line = graph.user_line(node)
+        decision = Decision(node.name, str(node.target), became, verdict, reason, line)
+        self.report.decisions.append(decision)
+
+
+def run_pipeline(gm: GraphModule, run: Run) -> None:
+    """Apply every pass that is not disabled to the graph and to all graphs nested in it."""
+    for step in PIPELINE:
+        name = step.__name__
+        if name in run.options.disable:
+            continue
+        start = time.perf_counter()
+        for module in graph.subgraphs(gm):
+            step(module, run=run)
+            module.graph.eliminate_dead_code()
+            module.graph.lint()
+            module.recompile()
+        run.report.seconds[name] = time.perf_counter() - start
+        log.debug("%s: %.3f s\n%s", name, run.report.seconds[name], gm.graph)
+    log.info("graph %s: %s", run.report.key, dict(run.report.counts()))

@@ -1,0 +1,115 @@
+"""The registry of kernels: one `Kernel` per op of the ``bicompile`` namespace.
+
+Registering a kernel defines its torch.library op, its fake implementation and, on first use, its
+CUDA implementation (function of the same name in the family's ``gpu.py``).  The CPU implementation
+comes from the family's ``cpu.cpp`` through `bicompile.native`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from bicompile.contract import Case, Contract
+from bicompile.errors import RegistrationError
+
+_LIBRARY = torch.library.Library("bicompile", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An op whose order of summation is pinned.
+
+    Args:
+        name: name of the op: ``torch.ops.bicompile.<name>``.
+        schema: its arguments and results in PyTorch's schema language.
+        contract: the axes and dtypes.
+        reference: the obvious implementation; called with float64 tensors it gives the true value.
+        eager: PyTorch's own op with the same arguments, which accuracy and speed are held against.
+        order: how the terms of one output element are combined, in one line.
+        fake: shapes of the result; derived from the contract where every case has the same rank.
+    """
+
+    name: str
+    schema: str
+    contract: Contract
+    reference: Callable[..., Any]
+    eager: Callable[..., Any]
+    order: str
+    fake: Callable[..., Any] | None = None
+
+    @property
+    def family(self) -> str:
+        """The folder below ``kernels/`` that holds this kernel."""
+        return self.reference.__module__.split(".")[2]
+
+    @property
+    def op(self) -> torch._ops.OpOverload:
+        """The op as it stands in a graph."""
+        overload: torch._ops.OpOverload = getattr(torch.ops.bicompile, self.name).default
+        return overload
+
+
+_KERNELS: dict[str, Kernel] = {}
+KERNELS: Mapping[str, Kernel] = MappingProxyType(_KERNELS)
+
+
+def register(kernel: Kernel) -> Kernel:
+    """Define the op of a kernel and make the kernel known to rules, tests, docs and bench.
+
+    Raises:
+        RegistrationError: the name is taken, or the family was imported as ``kernels.<family>``.
+    """
+    if kernel.name in _KERNELS:
+        raise RegistrationError(name=kernel.name, reason="the name is taken")
+    if not kernel.reference.__module__.startswith("bicompile.kernels."):
+        reason = f"import it as bicompile.{kernel.reference.__module__}"
+        raise RegistrationError(name=kernel.name, reason=reason)
+    _LIBRARY.define(kernel.name + kernel.schema, tags=_TAGS)
+    fake = kernel.fake or _derived_fake(kernel.contract.cases[0])
+    torch.library.register_fake(f"bicompile::{kernel.name}", fake, lib=_LIBRARY)
+    _LIBRARY.impl(kernel.name, _cuda_implementation(kernel), "CUDA")
+    _KERNELS[kernel.name] = kernel
+    return kernel
+
+
+def _cuda_implementation(kernel: Kernel) -> Callable[..., Any]:
+    """Import the family's Triton code when the first CUDA tensor arrives."""
+    launch: Callable[..., Any] | None = None
+
+    def implementation(*args: Any, **kwargs: Any) -> Any:
+        nonlocal launch
+        if launch is None:
+            module = importlib.import_module(f"bicompile.kernels.{kernel.family}.gpu")
+            launch = getattr(module, kernel.name)
+        return launch(*args, **kwargs)
+
+    return implementation
+
+
+def _derived_fake(case: Case) -> Callable[..., Any]:
+    def fake(*args: Any, **_: Any) -> Any:
+        size = {
+            axis: tensor.shape[i]
+            for arg, tensor in zip(case.inputs, args, strict=False)
+            for i, axis in enumerate(arg.axes)
+        }
+        outputs = tuple(args[0].new_empty([size[a] for a in out]) for out in case.outputs)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    return fake
+
+
+def load_all() -> Mapping[str, Kernel]:
+    """Import every family below ``kernels/`` and return all kernels by name."""
+    package = importlib.import_module("bicompile.kernels")
+    for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
+        importlib.import_module(f"bicompile.kernels.{module.name}")
+    return KERNELS

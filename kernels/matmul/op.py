@@ -1,0 +1,96 @@
+"""Ops of the matmul family: shapes, references and contracts."""
+
+from __future__ import annotations
+
+import torch
+
+from bicompile.contract import Case, Contract
+from bicompile.registry import Kernel, register
+
+ORDER = "one chain over K in pinned steps (CPU: 16 interleaved lanes and a fixed tree); never split"
+
+
+def mm_reference(self, mat2, tf32=False):
+    """`self @ mat2`."""
+    return self @ mat2
+
+
+def addmm_reference(self, mat1, mat2, beta, alpha, tf32=False):
+    """`beta * self + alpha * (mat1 @ mat2)`; `self` is not read where beta is 0."""
+    product = alpha * (mat1 @ mat2)
+    return product if beta == 0 else product + beta * self
+
+
+def _addmm_fake(self, mat1, mat2, beta, alpha, tf32):
+    return mat1.new_empty((*mat1.shape[:-1], mat2.shape[-1]))
+
+
+
+mm = register(
+    Kernel(
+        name="mm",
+        schema="(Tensor self, Tensor mat2, bool tf32) -> Tensor",
+        contract=Contract((Case("self: M K, mat2: K N -> M N", {"tf32": False}),)),
+        reference=mm_reference,
+        eager=lambda self, mat2, tf32: torch.mm(self, mat2),
+        order=ORDER,
+    )
+)
+
+bmm = register(
+    Kernel(
+        name="bmm",
+        schema="(Tensor self, Tensor mat2, bool tf32) -> Tensor",
+        contract=Contract((Case("self: B M K, mat2: B K N -> B M N", {"tf32": False}),)),
+        reference=mm_reference,
+        eager=lambda self, mat2, tf32: torch.bmm(self, mat2),
+        order=ORDER,
+    )
+)
+
+_ADDMM_CASES = (
+    Case("self: N, mat1: M K, mat2: K N -> M N", {"beta": 1.0, "alpha": 1.0, "tf32": False}),
+    Case("self: M N, mat1: M K, mat2: K N -> M N", {"beta": 0.5, "alpha": -2.0, "tf32": False}),
+    Case("self: M N, mat1: M K, mat2: K N -> M N", {"beta": 0.0, "alpha": 1.0, "tf32": False}),
+)
+
+addmm = register(
+    Kernel(
+        name="addmm",
+        schema="(Tensor self, Tensor mat1, Tensor mat2, float beta, float alpha, bool tf32)"
+        " -> Tensor",
+        contract=Contract(_ADDMM_CASES),
+        reference=addmm_reference,
+        eager=lambda self, mat1, mat2, beta, alpha, tf32: torch.addmm(
+            self, mat1, mat2, beta=beta, alpha=alpha
+        ),
+        order=ORDER + "; alpha, then beta * self, rounded once",
+        fake=_addmm_fake,
+    )
+)
+
+_BADDBMM_CASES = (
+    Case(
+        "self: B M N, batch1: B M K, batch2: B K N -> B M N",
+        {"beta": 1.0, "alpha": 0.125, "tf32": False},
+    ),
+    Case(
+        "self: M N, batch1: B M K, batch2: B K N -> B M N",
+        {"beta": 2.0, "alpha": 1.0, "tf32": False},
+    ),
+)
+
+baddbmm = register(
+    Kernel(
+        name="baddbmm",
+        schema="(Tensor self, Tensor batch1, Tensor batch2, float beta, float alpha, bool tf32)"
+        " -> Tensor",
+        contract=Contract(_BADDBMM_CASES),
+        reference=addmm_reference,
+        eager=lambda self, batch1, batch2, beta, alpha, tf32: torch.baddbmm(
+            self, batch1, batch2, beta=beta, alpha=alpha
+        ),
+        order=ORDER + "; alpha, then beta * self, rounded once",
+        fake=_addmm_fake,
+    )
+)

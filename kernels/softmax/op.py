@@ -1,0 +1,57 @@
+"""Ops of the softmax family: shapes, references and contracts."""
+
+from __future__ import annotations
+
+import torch
+
+from bicompile.contract import Case, Contract
+from bicompile.registry import Kernel, register
+
+ORDER = "exact maximum; sum of exp(x - max) in the lanes of the reduce family"
+
+
+def softmax_reference(self, dim, dtype):
+    """`exp(x) / sum(exp(x))`."""
+    return torch.softmax(self, dim)
+
+
+def log_softmax_reference(self, dim, dtype):
+    """`x - log(sum(exp(x)))`."""
+    return torch.log_softmax(self, dim)
+
+
+def _fake(self, dim, dtype):
+    return self.new_empty(self.shape, dtype=dtype)
+
+
+_SCHEMA = "(Tensor self, int dim, ScalarType dtype) -> Tensor"
+_CASES = (
+    Case("self: M K -> M K", {"dim": 1, "dtype": None}),
+    Case("self: K N -> K N", {"dim": 0, "dtype": None}),
+    Case("self: M K N -> M K N", {"dim": 1, "dtype": None}),
+    Case("self: M K -> M K", {"dim": 1, "dtype": torch.float32}),
+)
+
+softmax = register(
+    Kernel(
+        name="softmax",
+        schema=_SCHEMA,
+        contract=Contract(_CASES),
+        reference=softmax_reference,
+        eager=lambda self, dim, dtype: torch.softmax(self, dim, dtype=dtype),
+        order=ORDER + "; one division",
+        fake=_fake,
+    )
+)
+
+log_softmax = register(
+    Kernel(
+        name="log_softmax",
+        schema=_SCHEMA,
+        contract=Contract(_CASES),
+        reference=log_softmax_reference,
+        eager=lambda self, dim, dtype: torch.log_softmax(self, dim, dtype=dtype),
+        order=ORDER + "; (x - max) - log(sum)",
+        fake=_fake,
+    )
+)
