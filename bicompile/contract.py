@@ -55,11 +55,14 @@ class Case:
 
     Args:
         signature: ``"x: M K, w?: K -> M K, M"``; ``?`` marks a tensor that may be None.
-        params: the other arguments, by name, as they are passed to the op.
+        params: the other arguments, by name, as they are passed to the op; a `dtype` of None stands
+            for the dtype of the inputs.
+        masks: names of the tensors that say which elements are visible (boolean or additive).
     """
 
     signature: str
     params: Mapping[str, object] = field(default_factory=dict)
+    masks: tuple[str, ...] = ()
 
     @cached_property
     def inputs(self) -> tuple[TensorArg, ...]:

@@ -56,10 +56,12 @@ sdpa = register(
                 Case(
                     f"{_SHAPES}, attn_mask?: B H Q S -> B H Q D",
                     {"is_causal": False, "scale": 0.125},
+                    masks=("attn_mask",),
                 ),
                 Case(
                     f"{_SHAPES}, attn_mask?: Q S -> B H Q D",
                     {"is_causal": False, "scale": 0.25},
+                    masks=("attn_mask",),
                 ),
             )
         ),

@@ -91,7 +91,6 @@ def _cases(**params):
     )
 
 
-# `dtype` of a case: None stands for the dtype of the input.
 _DTYPE_SCHEMA = "(Tensor self, int[] dim, bool keepdim, ScalarType dtype) -> Tensor"
 _VAR_SCHEMA = "(Tensor self, int[] dim, float correction, bool keepdim) -> "
 

@@ -1,0 +1,116 @@
+"""The ``batch_invariant`` backend of torch.compile: the whole way of a graph, in order.
+
+Dynamo hands over a graph -> checks -> AOTAutograd with attention kept whole (`bicompile.capture`)
+-> our passes (`bicompile.pipeline`) -> Inductor under pinned numerics (`bicompile.inductor`).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from bicompile import capture, inductor, native, registry
+from bicompile.options import Options
+from bicompile.pipeline import Run, run_pipeline
+from bicompile.report import REPORTS, Report, digest
+
+registry.load_all()
+capture.configure()
+
+
+def batch_invariant(
+    gm: GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, object] | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph such that no row's bits depend on the rest of the batch.
+
+    Args:
+        gm: the graph captured by Dynamo.
+        example_inputs: fake or real inputs.
+        mode: as in torch.compile; "reduce-overhead" records CUDA graphs.
+        options: see `bicompile.options.Options`.
+
+    Bits:
+        each output element depends on the values it reads, the sizes it reduces over, the dtypes
+        and the machine type, on nothing else.
+
+    Raises:
+        BicompileError: the guarantee cannot be given; the subclass and its text say why.
+
+    Example:
+        >>> fn = torch.compile(torch.nn.Linear(8, 4), backend="batch_invariant")  # doctest: +SKIP
+    """
+    with capture.error_boundary():
+        parsed = Options.parse(options)
+        capture.check(gm, example_inputs, parsed)
+        if any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in example_inputs):
+            native.load()
+        return _compile(gm, example_inputs, mode, parsed)
+
+
+def _compile(
+    gm: GraphModule, inputs: list[Any], mode: str | None, options: Options
+) -> Callable[..., Any]:
+    stamp = _stamp(mode, options)
+    key = digest([stamp, *capture.fingerprint(gm, inputs)])
+    folder = inductor.cache_dir() / "bicompile"
+    kept = Report.load(folder, key)
+    report = Report(key)
+
+    def inner(gm: GraphModule, inputs: list[Any], **kwargs: Any) -> Any:
+        run = Run(options, report, backward=bool(kwargs.get("is_backward")))
+        run_pipeline(gm, run)
+        report.save(folder)
+        return inductor.compile_inner(gm, inputs, **kwargs)
+
+    def compile_once(**kwargs: Any) -> Any:
+        with capture.attention_whole():
+            return inductor.compile_graph(
+                gm,
+                inputs,
+                inner=inner,
+                decompositions=capture.decomposition_table(),
+                mode=mode,
+                stamp=stamp,
+                **kwargs,
+            )
+
+    compiled = compile_once()
+    if not report.decisions and kept is None:
+        # Served from the disk, but what was done to it is not known: do it again, seen.
+        compiled = compile_once(caches=False)
+    REPORTS.append(report if report.decisions or kept is None else kept)
+    return compiled  # type: ignore[no-any-return]
+
+
+def _stamp(mode: str | None, options: Options) -> str:
+    """What a compiled graph depends on besides the graph; part of the key of Inductor's caches."""
+    precision = torch.get_float32_matmul_precision()
+    return digest([_source_hash(), repr(options), str(mode), precision])
+
+
+@functools.cache
+def _source_hash() -> str:
+    """Digest of every source file of the package, passes and kernels included."""
+    root = Path(__file__).parent
+    folders = (root, root / "kernels", root / "passes")
+    files = {
+        file
+        for folder in folders
+        for file in folder.rglob("*")
+        if file.suffix in (".py", ".cpp", ".h")
+    }
+    hashed = hashlib.sha256()
+    for file in sorted(files):
+        hashed.update(str(file.relative_to(root)).encode())
+        hashed.update(file.read_bytes())
+    return hashed.hexdigest()

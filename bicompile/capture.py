@@ -1,0 +1,313 @@
+"""All use of private Dynamo and AOTAutograd interfaces: what reaches our passes, and in which form.
+
+Attention is kept whole by overriding the op's Python kernels while AOTAutograd traces: the only
+place that also sees nn.MultiheadAttention and that autocast has already passed.  The decomposition
+table is Inductor's without the ops that we own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from torch._C import DispatchKey
+from torch._dynamo.exc import ShortenTraceback
+from torch._guards import CompileContext
+from torch.fx import GraphModule
+
+from bicompile import graph
+from bicompile.contract import HALF_AND_FLOAT
+from bicompile.errors import (
+    BicompileError,
+    GraphBreak,
+    RecompileLimit,
+    SuppressedErrors,
+    UnsupportedDevice,
+)
+from bicompile.options import Options
+
+aten = torch.ops.aten
+
+RECOMPILE_LIMIT = 64
+
+
+def configure() -> None:
+    """Set Dynamo's global switches that the guarantee needs; called when the backend is imported.
+
+    Recurrent nets are captured (`allow_rnn`), Python floats are constants (`specialize_float`), and
+    a function that needs too many graphs is an error instead of an eager run.
+    """
+    config = torch._dynamo.config
+    config.allow_rnn = True
+    config.specialize_float = True
+    config.fail_on_recompile_limit_hit = True
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
+
+
+# ----------------------------------------------------------------------------- checks of a graph
+
+
+def check(gm: GraphModule, inputs: list[Any], options: Options) -> None:
+    """Refuse a graph around which something would run without the guarantee."""
+    config = torch._dynamo.config
+    if config.suppress_errors:
+        raise SuppressedErrors()
+    config.fail_on_recompile_limit_hit = True
+    for device in {x.device.type for x in inputs if isinstance(x, torch.Tensor)}:
+        if device not in ("cpu", "cuda"):
+            raise UnsupportedDevice(device=device)
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is not None and reason.graph_break and options.graph_breaks == "error":
+        raise GraphBreak(reason=reason.reason.strip(), line=_last_line(reason))
+    compile_id = CompileContext.current_compile_id()
+    number = getattr(compile_id, "frame_compile_id", None) or 0
+    if number + 1 >= config.recompile_limit:
+        raise RecompileLimit(
+            function="the compiled function",
+            limit=config.recompile_limit - 1,
+            line=None if reason is None else _last_line(reason),
+        )
+
+
+def _last_line(reason: Any) -> str | None:
+    if not reason.user_stack:
+        return None
+    frame = reason.user_stack[-1]
+    return f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}"
+
+
+def fingerprint(gm: GraphModule, inputs: list[Any]) -> list[str]:
+    """What a captured graph is, as texts: its code, its inputs, whether gradients are recorded."""
+    described = [
+        f"{graph.describe(x)} {x.stride()} {x.device} {x.requires_grad}"
+        if isinstance(x, torch.Tensor)
+        else str(x)
+        for x in inputs
+    ]
+    return [gm.code, *described, str(torch.is_grad_enabled())]
+
+
+
+@functools.cache
+def _raisable(cls: type[BicompileError]) -> type[BicompileError]:
+    """The same class as one that Dynamo hands to the user unwrapped."""
+    fields = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls, ShortenTraceback), {**fields, "first_useful_frame": None})
+
+
+@contextlib.contextmanager
+def error_boundary() -> Iterator[None]:
+    """Let our errors reach the user as they are, not inside BackendCompilerFailed."""
+    try:
+        yield
+    except BicompileError as error:
+        error.__class__ = _raisable(type(error))
+        raise
+
+
+def mark_batch_dynamic(x: torch.Tensor) -> None:
+    """Let the first axis vary without a new graph."""
+    if x.dim() > 0 and not isinstance(x, torch.nn.Parameter):
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+
+
+# ------------------------------------------------------------------------------ attention whole
+
+_SDPA = aten.scaled_dot_product_attention.default
+_KEYS = (
+    DispatchKey.AutogradCPU,
+    DispatchKey.AutogradCUDA,
+    DispatchKey.CPU,
+    DispatchKey.CUDA,
+    DispatchKey.CompositeImplicitAutograd,
+)
+_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def attention_whole() -> Iterator[None]:
+    """While it is open, attention is traced as one node of ours, however it is called."""
+    with _lock:
+        saved = {key: _SDPA.py_kernels.get(key) for key in _KEYS}
+        try:
+            for key in _KEYS:
+                _SDPA.py_kernels[key] = attention
+            _SDPA._dispatch_cache.clear()
+            yield
+        finally:
+            for key, kernel in saved.items():
+                _SDPA.py_kernels.pop(key, None)
+                if kernel is not None:
+                    _SDPA.py_kernels[key] = kernel
+            _SDPA._dispatch_cache.clear()
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """`F.scaled_dot_product_attention` as a call of our op, any rank brought to B H Q D."""
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if dropout_p > 0.0 or query.dtype not in HALF_AND_FLOAT:
+        return _attention_in_parts(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    rank = query.dim()
+    if rank > 4:
+        lead = query.shape[:-3]
+        if attn_mask is not None:
+            full = (*lead, attn_mask.shape[-3] if attn_mask.dim() > 2 else 1)
+            attn_mask = attn_mask.expand(*full, *attn_mask.shape[-2:]).flatten(0, rank - 4)
+        query, key, value = (t.flatten(0, rank - 4) for t in (query, key, value))
+    elif rank < 4:
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.unsqueeze(1)
+        query, key, value = (_to_rank_4(t) for t in (query, key, value))
+    batch = torch.broadcast_shapes(query.shape[:1], key.shape[:1], value.shape[:1])
+    query, key, value = (t.expand(*batch, -1, -1, -1) for t in (query, key, value))
+    out: torch.Tensor = torch.ops.bicompile.sdpa.default(
+        query, key, value, attn_mask, is_causal, scale
+    )
+    if rank > 4:
+        return out.unflatten(0, lead)
+    return out if rank == 4 else out.squeeze(1) if rank == 3 else out.squeeze(1).squeeze(0)
+
+
+def _to_rank_4(x: torch.Tensor) -> torch.Tensor:
+    return x.unsqueeze(1) if x.dim() == 3 else x.unsqueeze(0).unsqueeze(0)
+
+
+def _attention_in_parts(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+) -> torch.Tensor:
+    """Attention as matmul, softmax and dropout, for what our op refuses; the passes judge each."""
+    group = query.shape[-3] // key.shape[-3] if query.dim() > 3 else 1
+    key, value = (t.repeat_interleave(group, -3) if group > 1 else t for t in (key, value))
+    score = (query @ key.mT) * scale
+    if is_causal:
+        attn_mask = torch.ones_like(score, dtype=torch.bool).tril()
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        score = score.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
+        score = score + attn_mask
+    return F.dropout(torch.softmax(score, -1), dropout_p) @ value
+
+
+# --------------------------------------------------------------------------- decomposition table
+
+OWNED = frozenset(
+    """
+    mm bmm addmm baddbmm addbmm addmv mv dot vdot linear
+    native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward
+    _fused_rms_norm _fused_rms_norm_backward native_batch_norm native_batch_norm_backward
+    _native_batch_norm_legit _native_batch_norm_legit_functional
+    _softmax _softmax_backward_data _log_softmax _log_softmax_backward_data logsumexp
+    sum mean prod var std var_mean norm linalg_vector_norm
+    convolution convolution_backward embedding_dense_backward _embedding_bag
+    nll_loss_forward nll_loss_backward nll_loss2d_forward nll_loss2d_backward
+    index_add index_put _unsafe_index_put scatter_add scatter_reduce
+    upsample_bilinear2d upsample_nearest2d
+    """.split()
+)
+"""Ops that reach our passes whole: Inductor's decompositions of them depend on shapes, or sum."""
+
+
+class _Table(dict[Any, Callable[..., Any]]):
+    """Pickled by reference, so that graphs compiled with it can be kept on disk."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return decomposition_table, ()
+
+
+@functools.cache
+def decomposition_table() -> _Table:
+    """Inductor's table without the ops we own, with the encoder layer's fast path opened."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    table = _Table(
+        (op, function)
+        for op, function in select_decomp_table().items()
+        if not (
+            isinstance(op, torch._ops.OpOverload)
+            and op.namespace == "aten"
+            and op._schema.name.removeprefix("aten::") in OWNED
+        )
+    )
+    table[aten._transformer_encoder_layer_fwd.default] = encoder_layer
+    # In eval mode this op is pointwise; in training mode it arrives as its functional form.
+    in_place = aten._native_batch_norm_legit.default
+    table[in_place] = select_decomp_table()[in_place]
+    return table
+
+
+def encoder_layer(
+    src: torch.Tensor,
+    embed_dim: int,
+    num_heads: int,
+    qkv_weight: torch.Tensor,
+    qkv_bias: torch.Tensor,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor,
+    use_gelu: bool,
+    norm_first: bool,
+    eps: float,
+    norm_weight_1: torch.Tensor,
+    norm_bias_1: torch.Tensor,
+    norm_weight_2: torch.Tensor,
+    norm_bias_2: torch.Tensor,
+    ffn_weight_1: torch.Tensor,
+    ffn_bias_1: torch.Tensor,
+    ffn_weight_2: torch.Tensor,
+    ffn_bias_2: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    mask_type: int | None = None,
+) -> torch.Tensor:
+    """nn.TransformerEncoderLayer in eval mode, one fused op in PyTorch, opened into its parts.
+
+    `mask` is True where a key is hidden; `mask_type` 0 is [S, S], 1 is [B, S], 2 is [B, H, S, S].
+    """
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        b, s, e = x.shape
+        qkv = F.linear(x, qkv_weight, qkv_bias).view(b, s, 3, num_heads, e // num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        visible = None
+        if mask is not None:
+            visible = ~mask.bool()
+            visible = visible.view(b, 1, 1, s) if mask_type == 1 else visible
+        out = attention(query, key, value, visible)
+        return F.linear(out.transpose(1, 2).reshape(b, s, e), proj_weight, proj_bias)
+
+    def feed_forward(x: torch.Tensor) -> torch.Tensor:
+        hidden = F.linear(x, ffn_weight_1, ffn_bias_1)
+        hidden = F.gelu(hidden) if use_gelu else F.relu(hidden)
+        return F.linear(hidden, ffn_weight_2, ffn_bias_2)
+
+    def norm_1(x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, (embed_dim,), norm_weight_1, norm_bias_1, eps)
+
+    def norm_2(x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, (embed_dim,), norm_weight_2, norm_bias_2, eps)
+
+    if norm_first:
+        x = src + attend(norm_1(src))
+        return x + feed_forward(norm_2(x))
+    x = norm_1(src + attend(src))
+    return norm_2(x + feed_forward(x))

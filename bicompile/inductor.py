@@ -1,0 +1,295 @@
+"""All private use of TorchInductor: pinned configuration, C++ pointwise overrides, cache stamp.
+
+Inductor's C++ backend prints one body for vectors, one for scalars, and sizes, strides and tails
+decide which of the two an element meets.  Under `overrides()` the two are one function.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from bicompile.errors import UnknownOption
+
+HEADER = Path(__file__).parent / "kernels" / "common" / "functions.h"
+
+# ---- Configuration -------------------------------------------------------------------------------
+
+# Each key with the reason why the value is part of the promise.
+PINNED: Mapping[str, tuple[object, str]] = {
+    "pattern_matcher": (False, "its rewrites (pad_mm, attention, mkldnn) depend on sizes"),
+    "joint_graph_constant_folding": (False, "the graph that was audited is the graph that runs"),
+    "shape_padding": (False, "pads matmuls by size"),
+    "permute_fusion": (False, "moves permutes into matmuls by size"),
+    "b2b_gemm_pass": (False, "fuses matmuls by size"),
+    "batch_fusion": (False, "joins ops by how many there are"),
+    "group_fusion": (False, "joins ops by how many there are"),
+    "decompose_mem_bound_mm": (False, "decomposes matmuls by size"),
+    "efficient_conv_bn_eval_fx_passes": (False, "folds batch norm into weights"),
+    "conv_1x1_as_mm": (False, "respells convolutions by size"),
+    "layout_optimization": (False, "chooses convolution layouts by size"),
+    "freezing": (False, "folds and repacks weights"),
+    "max_autotune": (False, "chooses kernels by timing"),
+    "max_autotune_gemm": (False, "chooses kernels by timing"),
+    "max_autotune_pointwise": (False, "chooses kernels by timing"),
+    "coordinate_descent_tuning": (False, "chooses kernels by timing"),
+    "benchmark_fusion": (False, "chooses fusions by timing"),
+    "benchmark_combo_kernel": (False, "chooses fusions by timing"),
+    "combo_kernels": (False, "joins kernels by size"),
+    "online_softmax": (False, "another order of summation"),
+    "split_reductions": (False, "splits sums by size"),
+    "apply_gumbel_max_trick": (False, "respells sampling"),
+    "use_fast_math": (False, "approximate functions"),
+    "emulate_precision_casts": (True, "each op rounds to its dtype, whatever is fused; no fma"),
+    "eager_numerics.division_rounding": (True, "division rounds correctly on the GPU too"),
+    "triton.codegen_upcast_to_fp32": (True, "half types compute in float32"),
+    "cpp.enable_floating_point_contract_flag": ("off", "no fma that the graph does not ask for"),
+    "cpp.enable_unsafe_math_opt_flag": (False, "no reassociation"),
+    "cpp.use_decompose_tanh": (False, "another tanh"),
+    "cpp.enable_concat_linear": (False, "joins matmuls"),
+}
+
+_MODES: Mapping[str | None, Mapping[str, object]] = {
+    None: {},
+    "default": {},
+    "reduce-overhead": {"triton.cudagraphs": True},
+    "max-autotune": {"triton.cudagraphs": True},
+    "max-autotune-no-cudagraphs": {},
+}
+
+
+class Stamp(CustomGraphPass):
+    """A pass that does nothing but put our identity into the keys of Inductor's caches.
+
+    Without it, code that plain Inductor cached for the same graph would be served to us.
+    """
+
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
+
+    def __call__(self, graph: torch.fx.graph.Graph) -> None:
+        """Leave the graph as it is."""
+
+    def uuid(self) -> str:
+        """The identity, which Inductor hashes into its keys."""
+        return self.identity
+
+
+def _known(key: str) -> bool:
+    owner: Any = config
+    for part in key.split("."):
+        owner = getattr(owner, part, _MISSING)
+        if owner is _MISSING:
+            return False
+    return True
+
+
+def config_patches(mode: str | None, stamp: str) -> dict[str, object]:
+    """The configuration of one call, never set globally: PINNED, the mode and the cache stamp.
+
+    Keys that this version of PyTorch does not have are left out.
+
+    Raises:
+        UnknownOption: `mode` is not one of torch.compile's modes.
+    """
+    if mode not in _MODES:
+        accepted = [m for m in _MODES if m is not None]
+        raise UnknownOption(option="mode", value=repr(mode), accepted=accepted)
+    patches = {key: value for key, (value, _) in PINNED.items() if _known(key)}
+    identity = f"{stamp}-{_own_hash()}"
+    return {**patches, **_MODES[mode], "joint_custom_pre_pass": Stamp(identity)}
+
+
+@functools.cache
+def _own_hash() -> str:
+    sources = Path(__file__).read_bytes(), HEADER.read_bytes()
+    return hashlib.sha256(b"".join(sources)).hexdigest()
+
+
+# ---- C++ pointwise overrides ---------------------------------------------------------------------
+
+# Functions of kernels/common/functions.h: one template for scalars and vectors, float32.
+FAST = ("exp", "expm1", "tanh", "log", "log1p", "erf", "sin", "cos", "sigmoid")
+
+# Functions whose vector body is another algorithm: the scalar body, lane by lane.
+SCALARIZED = (
+    *("tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "asinh", "acosh", "atanh"),
+    *("exp2", "log2", "log10", "pow", "hypot", "fmod", "remainder", "nextafter", "copysign"),
+    *("erfc", "erfinv", "lgamma", "digamma", "i0", "i0e", "fma"),
+)
+
+_INCLUDE = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
+_MISSING: Any = object()
+_lock = threading.RLock()
+_depth = 0
+
+
+def _named(name: str, function: Callable[..., Any]) -> staticmethod[..., Any]:
+    # Inductor falls back from vector to scalar by the function's name.
+    function.__name__ = name
+    return staticmethod(function)
+
+
+def _is_float(x: Any, dtype: torch.dtype | None = None) -> bool:
+    found = getattr(x, "dtype", None)
+    if dtype is not None:
+        return bool(found == dtype)
+    return found is None or found.is_floating_point  # a lane of a scalarised body has no dtype
+
+
+def _fast(name: str, scalar: Any, vector: Any) -> tuple[Any, Any]:
+    """bic::name for float32; other dtypes keep the scalar body, lane by lane in vectors."""
+    plain = getattr(scalar, name)
+    lane_by_lane = vector._scalarize(_named(name, lambda x: plain(x)).__func__)
+
+    def one(x: Any) -> Any:
+        return f"bic::{name}({x})" if _is_float(x, torch.float32) else plain(x)
+
+    def many(x: Any) -> Any:
+        return f"bic::{name}({x})" if _is_float(x, torch.float32) else lane_by_lane(x)
+
+    return _named(name, one), _named(name, many)
+
+
+def _remainder(scalar: Any, vector: Any) -> tuple[Any, Any]:
+    """One spelling of the float remainder; integers keep theirs."""
+    integers, integer_vectors = scalar.remainder, vector.remainder
+
+    def spelled(a: Any, b: Any) -> str:
+        return f"bic::remainder({a}, {b})"
+
+    lane_by_lane = vector._scalarize(spelled)
+
+    def one(a: Any, b: Any) -> Any:
+        return spelled(a, b) if _is_float(a) else integers(a, b)
+
+    def many(a: Any, b: Any) -> Any:
+        return lane_by_lane(a, b) if _is_float(a) else integer_vectors(a, b)
+
+    return _named("remainder", one), _named("remainder", many)
+
+
+def _scalarized(name: str, scalar: Any, vector: Any) -> Any:
+    """The scalar body, lane by lane; integer vectors keep their own body."""
+    plain, lane_by_lane = getattr(vector, name), vector._scalarize(getattr(scalar, name))
+
+    def many(*args: Any) -> Any:
+        return lane_by_lane(*args) if _is_float(args[0]) else plain(*args)
+
+    return _named(name, many)
+
+
+def _with_header(codegen_group: Callable[..., str]) -> Callable[..., str]:
+    """Put functions.h into the kernels that call it, behind Inductor's precompiled prefix."""
+    header = HEADER.read_text()
+
+    @functools.wraps(codegen_group)
+    def wrapper(*args: Any, **kwargs: Any) -> str:
+        source = codegen_group(*args, **kwargs)
+        return source.replace(_INCLUDE, _INCLUDE + header, 1) if "bic::" in source else source
+
+    return wrapper
+
+
+@functools.cache
+def _replacements() -> tuple[tuple[Any, str, Any], ...]:
+    """What `overrides()` installs, as (owner, attribute, value)."""
+    from torch._inductor.codegen import cpp
+
+    scalar, vector = cpp.CppOverrides, cpp.CppVecOverrides
+    pairs = {name: _fast(name, scalar, vector) for name in FAST}
+    pairs["remainder"] = _remainder(scalar, vector)
+    table: list[tuple[Any, str, Any]] = []
+    for name, (one, many) in pairs.items():
+        table += [(scalar, name, one), (vector, name, many)]
+    for name in SCALARIZED:
+        if name not in pairs and hasattr(scalar, name):
+            table.append((vector, name, _scalarized(name, scalar, vector)))
+    group = cpp.KernelGroup
+    table.append((group, "codegen_group", _with_header(group.codegen_group)))
+    return tuple(table)
+
+
+@contextlib.contextmanager
+def overrides() -> Iterator[None]:
+    """Install the C++ overrides; on leaving, Inductor's classes are exactly as before.
+
+    May be nested and entered from several threads, one at a time.
+    """
+    global _depth
+    with _lock:
+        saved: list[tuple[Any, str, Any]] = []
+        if _depth == 0:
+            for owner, name, value in _replacements():
+                saved.append((owner, name, vars(owner).get(name, _MISSING)))
+                setattr(owner, name, value)
+        _depth += 1
+        try:
+            yield
+        finally:
+            _depth -= 1
+            for owner, name, value in saved:
+                if value is _MISSING:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, value)
+
+
+# ---- Compilation ---------------------------------------------------------------------------------
+
+
+def compile_inner(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+    """Inductor's inner compiler under `overrides()`: takes what `compile_fx` gives to `inner`."""
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    with overrides():
+        return compile_fx_inner(gm, example_inputs, **kwargs)
+
+
+def compile_graph(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    inner: Callable[..., Any] = compile_inner,
+    decompositions: Any = None,
+    mode: str | None = None,
+    stamp: str = "",
+) -> Any:
+    """Compile a captured graph with Inductor, pinned so that it keeps every element's bits.
+
+    Args:
+        gm: the graph that Dynamo captured.
+        example_inputs: its inputs.
+        inner: compiles each traced graph (forward, backward); ends in `compile_inner`.
+        decompositions: table of decompositions; must pickle, or the caches never hit.
+        mode: one of torch.compile's modes; nothing is autotuned in any of them.
+        stamp: identity of all that decides bits outside this file, part of the cache keys.
+
+    Raises:
+        UnknownOption: `mode` is unknown.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(
+        gm,
+        list(example_inputs),
+        inner_compile=inner,
+        config_patches=config_patches(mode, stamp),
+        decompositions=decompositions,
+    )
+
+
+def falls_back(target: object) -> bool:
+    """Whether Inductor runs this op with PyTorch's own kernel, which no override reaches."""
+    from torch._inductor import lowering
+
+    return target in lowering.fallbacks or target not in lowering.lowerings

@@ -1,0 +1,278 @@
+"""Properties of the kernels, derived from their contracts.
+
+A property takes an op (the registered one, or a planted variant that must fail) and a `Sample`, and
+raises `InvarianceViolation` naming the first element whose bits differ.  Bits are compared, never
+values within a tolerance.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bicompile.contract import Case
+from bicompile.registry import Kernel
+
+Op = Callable[..., Any]
+_INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+
+
+class InvarianceViolation(AssertionError):
+    """Two runs that must agree bit for bit do not."""
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """The bit patterns of a tensor as integers; every NaN counts as the same."""
+    x = x.detach().contiguous()
+    pattern = x.view(_INTEGER[x.element_size()])
+    if x.dtype.is_floating_point:
+        pattern = pattern.masked_fill(x.isnan(), -1)
+    return pattern
+
+
+def assert_same_bits(actual: Any, expected: Any, what: str) -> None:
+    """Compare tensors, or tuples of tensors, bit by bit.
+
+    Raises:
+        InvarianceViolation: with the index and both bit patterns of the first difference.
+    """
+    pairs = zip(_outputs(actual), _outputs(expected), strict=True)
+    for number, (a, e) in enumerate(pairs):
+        if a.shape != e.shape or a.dtype is not e.dtype:
+            raise InvarianceViolation(f"{what}: {a.dtype}{[*a.shape]} is not {e.dtype}{[*e.shape]}")
+        different = (bits(a) != bits(e)).nonzero()
+        if len(different):
+            at = tuple(different[0].tolist())
+            mask = (1 << 8 * a.element_size()) - 1
+            left, right = (f"{bits(t)[at].item() & mask:#x} ({t[at].item():.9g})" for t in (a, e))
+            raise InvarianceViolation(
+                f"{what}: {len(different)} of {a.numel()} elements of output {number} differ; "
+                f"first at {[*at]}: {left} is not {right}"
+            )
+
+
+def _outputs(result: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+
+# --------------------------------------------------------------------------------------- samples
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of a kernel: sizes of the axes and the tensors."""
+
+    kernel: Kernel
+    case: Case
+    dtype: torch.dtype
+    sizes: Mapping[str, int]
+    tensors: Mapping[str, torch.Tensor | None]
+
+    def arguments(self, tensors: Mapping[str, torch.Tensor | None] | None = None) -> list[Any]:
+        """The arguments in the order of the op's schema."""
+        values: dict[str, Any] = {**self.case.params, **(tensors or self.tensors)}
+        if "dtype" in values and values["dtype"] is None:
+            values["dtype"] = self.dtype
+        return [values[a.name] for a in self.kernel.op._schema.arguments]
+
+    def run(self, op: Op, tensors: Mapping[str, torch.Tensor | None] | None = None) -> Any:
+        """Call `op` on the sample, or on other tensors in its place."""
+        return op(*self.arguments(tensors))
+
+    def select(self, axis: str, index: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        """The tensors with only the elements `index` along `axis`."""
+        return {
+            arg.name: None
+            if (t := self.tensors[arg.name]) is None
+            else t.index_select(arg.axes.index(axis), index)
+            if axis in arg.axes
+            else t
+            for arg in self.case.inputs
+        }
+
+    def select_outputs(self, outputs: Any, axis: str, index: torch.Tensor) -> list[torch.Tensor]:
+        """The same elements of the outputs."""
+        return [
+            t.index_select(axes.index(axis), index)
+            for t, axes in zip(_outputs(outputs), self.case.outputs, strict=True)
+        ]
+
+
+def make_sample(
+    kernel: Kernel,
+    case: Case,
+    dtype: torch.dtype,
+    sizes: Mapping[str, int],
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    absent: tuple[str, ...] = (),
+    float_mask: bool = False,
+) -> Sample:
+    """Draw the tensors of a call: values of mixed magnitude, with cancellation and exact zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = dict(sizes)
+    if "groups" in case.params:
+        sizes["C"] = sizes["C"] * int(case.params["groups"])  # type: ignore[call-overload]
+    tensors: dict[str, torch.Tensor | None] = {}
+    for arg in case.inputs:
+        shape = [1 if a == "1" else sizes[a] for a in arg.axes]
+        if arg.optional and arg.name in absent:
+            tensors[arg.name] = None
+        elif arg.name in case.masks:
+            visible = torch.rand(shape, generator=generator) < 0.7
+            additive = torch.where(visible, torch.randn(shape, generator=generator), -torch.inf)
+            tensors[arg.name] = (additive.to(dtype) if float_mask else visible).to(device)
+        else:
+            x = torch.randn(shape, generator=generator)
+            scale = torch.exp(torch.randn(shape, generator=generator))
+            x = torch.where(torch.rand(shape, generator=generator) < 0.05, 0.0, x * scale)
+            tensors[arg.name] = x.to(device, dtype)
+    return Sample(kernel, case, dtype, sizes, tensors)
+
+
+# ------------------------------------------------------------------------------------ properties
+
+
+def rows_do_not_depend_on_the_batch(op: Op, sample: Sample, *, seed: int = 0) -> None:
+    """A subset of rows in any order, down to one row, has the bits it has among all."""
+    full = sample.run(op)
+    generator = torch.Generator().manual_seed(seed)
+    for axis in sample.case.row_axes:
+        size = sample.sizes[axis]
+        for count in sorted({1, 2, 3, size // 2, size - 1, size} & set(range(1, size + 1))):
+            index = torch.randperm(size, generator=generator)[:count]
+            index = index.to(_device(sample))
+            alone = sample.run(op, sample.select(axis, index))
+            expected = sample.select_outputs(full, axis, index)
+            assert_same_bits(alone, expected, f"{count} of {size} along {axis}")
+
+
+def rows_do_not_depend_on_neighbours(op: Op, sample: Sample, *, seed: int = 0) -> None:
+    """NaN, inf and huge values in all other rows change no bit of a row."""
+    full = sample.run(op)
+    for axis in sample.case.row_axes:
+        size = sample.sizes[axis]
+        if size < 2:
+            continue
+        keep = torch.tensor([seed % size], device=_device(sample))
+        for bad in (float("nan"), float("inf"), torch.finfo(sample.dtype).max):
+            tensors = {
+                arg.name: _spoil(sample.tensors[arg.name], arg.axes, axis, keep, bad)
+                for arg in sample.case.inputs
+            }
+            spoiled = sample.select_outputs(sample.run(op, tensors), axis, keep)
+            expected = sample.select_outputs(full, axis, keep)
+            assert_same_bits(spoiled, expected, f"neighbours along {axis} are {bad}")
+
+
+def _spoil(
+    x: torch.Tensor | None, axes: tuple[str, ...], axis: str, keep: torch.Tensor, bad: float
+) -> torch.Tensor | None:
+    if x is None or axis not in axes or not x.dtype.is_floating_point:
+        return x
+    dim = axes.index(axis)
+    return torch.full_like(x, bad).index_copy(dim, keep, x.index_select(dim, keep))
+
+
+LAYOUTS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "reversed strides": lambda x: _permuted(x, tuple(reversed(range(x.dim())))),
+    "rotated strides": lambda x: _permuted(x, (*range(1, x.dim()), 0)),
+    "misaligned": lambda x: _in_buffer(x, offset=1),
+    "misaligned rows": lambda x: _padded_rows(x),
+    "every second element": lambda x: _every_second(x),
+}
+
+
+def _permuted(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    inverse = [order.index(i) for i in range(x.dim())]
+    return x.permute(order).contiguous().permute(inverse)
+
+
+def _in_buffer(x: torch.Tensor, offset: int) -> torch.Tensor:
+    buffer = x.new_empty(x.numel() + offset)
+    view = buffer[offset:].view(x.shape)
+    view.copy_(x)
+    return view
+
+
+def _padded_rows(x: torch.Tensor) -> torch.Tensor:
+    if x.dim() == 0:
+        return x
+    buffer = x.new_empty((*x.shape[:-1], x.shape[-1] + 3))
+    view = buffer[..., 1 : x.shape[-1] + 1]
+    view.copy_(x)
+    return view
+
+
+def _every_second(x: torch.Tensor) -> torch.Tensor:
+    if x.dim() == 0:
+        return x
+    buffer = x.new_empty((*x.shape[:-1], 2 * x.shape[-1]))
+    view = buffer[..., ::2]
+    view.copy_(x)
+    return view
+
+
+def bits_do_not_depend_on_layout(op: Op, sample: Sample, *, seed: int = 0) -> None:
+    """Strides, storage offsets and alignment change no bit."""
+    expected = sample.run(op)
+    for name, arrange in LAYOUTS.items():
+        tensors = {n: None if t is None else arrange(t) for n, t in sample.tensors.items()}
+        assert_same_bits(sample.run(op, tensors), expected, f"inputs with {name}")
+
+
+def bits_do_not_depend_on_the_run(op: Op, sample: Sample, *, seed: int = 0) -> None:
+    """The same call again, and with another number of threads, gives the same bits."""
+    expected = sample.run(op)
+    assert_same_bits(sample.run(op), expected, "second run")
+    for threads in (1, 2, 3):
+        with num_threads(threads):
+            assert_same_bits(sample.run(op), expected, f"{threads} threads")
+
+
+PROPERTIES: tuple[Callable[..., None], ...] = (
+    rows_do_not_depend_on_the_batch,
+    rows_do_not_depend_on_neighbours,
+    bits_do_not_depend_on_layout,
+    bits_do_not_depend_on_the_run,
+)
+
+
+@contextlib.contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    """Run with `count` threads, then with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _device(sample: Sample) -> torch.device:
+    return next(t.device for t in sample.tensors.values() if t is not None)
+
+
+# -------------------------------------------------------------------------------------- accuracy
+
+
+def error_against_float64(op: Op, sample: Sample) -> tuple[float, float, float]:
+    """Root mean square errors against the float64 reference: of `op`, of PyTorch's own op, and of
+    the true value rounded to the output's dtype."""
+    wide = {
+        n: t if t is None or not t.dtype.is_floating_point else t.double()
+        for n, t in sample.tensors.items()
+    }
+    reference = dataclasses.replace(sample, tensors=wide)
+    true = _outputs(reference.run(sample.kernel.reference))[0]
+    ours = _outputs(sample.run(op))[0]
+    torchs = _outputs(sample.run(sample.kernel.eager))[0]
+    errors = ((x.double() - true).nan_to_num() for x in (ours, torchs, true.to(ours.dtype)))
+    ours_rms, torchs_rms, rounding = (e.square().mean().sqrt().item() for e in errors)
+    return ours_rms, torchs_rms, rounding

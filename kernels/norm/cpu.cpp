@@ -1,0 +1,194 @@
+// layer_norm, rms_norm and group_norm, in the order of kernels/norm.
+#include "../common/tensor.h"
+
+namespace bic::simd {
+namespace {
+
+// Sum over k of f(x[k]): lane l takes k = l, l + 16, ... in rising order, then the tree.
+template <class T, class F>
+float lane_sum(const T* x, int64_t K, const F& step) {
+  f32x16 acc = zero();
+  int64_t k = 0;
+  for (; k + W <= K; k += W) acc = step(acc, load(x + k));
+  if (k < K) acc = select(first(K - k), step(acc, load(x + k, K - k)), acc);
+  return tree_sum(acc);
+}
+
+// Calls f(k, n) for each block of n <= 16 elements; whole blocks with the constant 16.
+template <class F>
+BIC_INLINE void blocks(int64_t K, const F& f) {
+  int64_t k = 0;
+  for (; k + W <= K; k += W) f(k, W);
+  if (k < K) f(k, K - k);
+}
+
+template <class T>
+BIC_INLINE f32x16 load_block(const T* p, int64_t n) { return n == W ? load(p) : load(p, n); }
+template <class T>
+BIC_INLINE void store_block(T* p, f32x16 v, int64_t n) { n == W ? store(p, v) : store(p, v, n); }
+
+struct Moments {
+  float mean, rstd;
+};
+
+template <class T>
+Moments moments(const T* x, int64_t K, float eps) {
+  const float mean = lane_sum(x, K, [](f32x16 acc, f32x16 v) { return acc + v; }) / (float)K;
+  const f32x16 centre = splat(mean);
+  const float squares = lane_sum(x, K, [=](f32x16 acc, f32x16 v) {
+    const f32x16 d = v - centre;
+    return fma(d, d, acc);
+  });
+  return {mean, 1.f / std::sqrt(squares / (float)K + eps)};
+}
+
+// A weight or bias as contiguous floats, or null.
+class Floats {
+ public:
+  explicit Floats(const std::optional<Tensor>& t) {
+    if (!t) return;
+    Axes none, axes;
+    for (int64_t d = 0; d < t->dim(); d++) axes.add(t->size(d), t->stride(d));
+    rows_.emplace(*t, none, std::move(axes));
+    data_ = (*rows_)[0];
+  }
+  operator const float*() const { return data_; }
+
+ private:
+  std::optional<Rows<float>> rows_;
+  const float* data_ = nullptr;
+};
+
+// The axes before the last `n` and these; the shape of statistics that keep them as 1.
+Split split_last(const Tensor& input, int64_t n, bool keepdim) {
+  Sizes last;
+  for (int64_t d = input.dim() - n; d < input.dim(); d++) last.push_back(d);
+  return Split(input, last, keepdim);
+}
+
+// ---- layer_norm: y = (x - mean) * rstd * weight + bias, each operation rounded in float
+
+template <class T>
+void layer_norm_row(const T* x, int64_t K, Moments m, const float* weight, const float* bias, T* out) {
+  const f32x16 mean = splat(m.mean), rstd = splat(m.rstd);
+  blocks(K, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+    f32x16 y = (load_block(x + k, n) - mean) * rstd;
+    if (weight) y = y * load_block(weight + k, n);
+    if (bias) y = y + load_block(bias + k, n);
+    store_block(out + k, y, n);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input, int64_t ndim,
+                                              std::optional<Tensor> weight,
+                                              std::optional<Tensor> bias, double eps) {
+  const Split split = split_last(input, ndim, true);
+  const Floats w(weight), b(bias);
+  Tensor out = new_empty(input, sizes(input));
+  Tensor mean = new_empty(input, split.shape, ScalarType::Float);
+  Tensor rstd = new_empty(input, split.shape, ScalarType::Float);
+  float *means = mutable_data<float>(mean), *rstds = mutable_data<float>(rstd);
+  const int64_t K = split.reduced.numel();
+  dispatch(input.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    T* y = mutable_data<T>(out);
+    parallel(split.kept.numel(), 4 * K, [&](int64_t begin, int64_t end) {
+      const Rows<T> rows(input, split.kept, split.reduced);
+      for (int64_t i = begin; i < end; i++) {
+        const T* x = rows[i];
+        const Moments m = moments(x, K, (float)eps);
+        means[i] = from_float<float>(m.mean);
+        rstds[i] = from_float<float>(m.rstd);
+        layer_norm_row(x, K, m, w, b, y + i * K);
+      }
+    });
+  });
+  return {out, mean, rstd};
+}
+
+// ---- rms_norm: the roundings of x.float().pow(2).mean(-1), + eps, rsqrt, x * r, weight
+
+template <class T>
+void rms_norm_row(const T* x, int64_t K, float eps, const float* weight, float offset, bool round_first,
+                  T* out) {
+  const float mean =
+      lane_sum(x, K, [](f32x16 acc, f32x16 v) { return acc + v * v; }) / (float)K;
+  const f32x16 r = splat(1.f / std::sqrt(mean + eps)), add = splat(offset);
+  blocks(K, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+    f32x16 y = load_block(x + k, n) * r;
+    if (weight) {
+      f32x16 w = load_block(weight + k, n);
+      if (offset != 0.f) w = add + w;
+      y = round_first ? rounded(y, T{}) * (offset != 0.f ? rounded(w, T{}) : w) : y * w;
+    }
+    store_block(out + k, y, n);
+  });
+}
+
+Tensor rms_norm(const Tensor& input, int64_t ndim, std::optional<Tensor> weight, double eps,
+                double offset, bool round_first) {
+  const Split split = split_last(input, ndim, true);
+  const Floats w(weight);
+  Tensor out = new_empty(input, sizes(input));
+  const int64_t K = split.reduced.numel();
+  dispatch(input.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    T* y = mutable_data<T>(out);
+    parallel(split.kept.numel(), 3 * K, [&](int64_t begin, int64_t end) {
+      const Rows<T> rows(input, split.kept, split.reduced);
+      for (int64_t i = begin; i < end; i++)
+        rms_norm_row(rows[i], K, (float)eps, w, (float)offset, round_first, y + i * K);
+    });
+  });
+  return out;
+}
+
+// ---- group_norm: a row is the channels of one group of one sample
+
+std::tuple<Tensor, Tensor, Tensor> group_norm(const Tensor& input_, std::optional<Tensor> weight,
+                                              std::optional<Tensor> bias, int64_t groups,
+                                              double eps) {
+  const Tensor input = torch::stable::contiguous(input_);
+  const Floats w(weight), b(bias);
+  const int64_t N = input.size(0), C = input.size(1), D = C / groups;
+  Tensor out = new_empty(input, sizes(input));
+  Tensor mean = new_empty(input, {N, groups}, ScalarType::Float);
+  Tensor rstd = new_empty(input, {N, groups}, ScalarType::Float);
+  float *means = mutable_data<float>(mean), *rstds = mutable_data<float>(rstd);
+  int64_t S = 1;
+  for (int64_t d = 2; d < input.dim(); d++) S *= input.size(d);
+  dispatch(input.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    const T* x = data<T>(input);
+    T* y = mutable_data<T>(out);
+    parallel(N * groups, 4 * D * S, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const Moments m = moments(x + i * D * S, D * S, (float)eps);
+        means[i] = from_float<float>(m.mean);
+        rstds[i] = from_float<float>(m.rstd);
+        for (int64_t d = 0; d < D; d++) {
+          const int64_t c = i % groups * D + d, at = (i * D + d) * S;
+          const f32x16 scale = splat(w ? w[c] : 1.f);
+          const f32x16 shift = splat(b ? b[c] : 0.f);
+          blocks(S, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+            f32x16 v = (load_block(x + at + k, n) - splat(m.mean)) * splat(m.rstd);
+            if (w) v = v * scale;
+            if (b) v = v + shift;
+            store_block(y + at + k, v, n);
+          });
+        }
+      }
+    });
+  });
+  return {out, mean, rstd};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bicompile, CPU, m) {
+  m.impl("layer_norm", TORCH_BOX(&layer_norm));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("group_norm", TORCH_BOX(&group_norm));
+}
+
+}  // namespace bic::simd

@@ -1,0 +1,72 @@
+"""Put our ops in the place of PyTorch's, by the table in `passes/rules.py`.
+
+Before::
+
+    %y = aten.addmm.default(%bias, %x, %w, beta=1, alpha=2)
+    %s = aten.sum.dim_IntList(%y, [-1])
+
+becomes::
+
+    %y = bicompile.addmm.default(%bias, %x, %w, 1.0, 2.0, False)
+    %s = bicompile.sum.default(%y, [1], False, torch.float32)
+
+because the kernels behind the aten ops change their order of summation with the number of rows.
+Only nodes with floating-point results are touched: integer sums are exact in any order.
+This is the only pass that inserts our ops; attention arrives as ours already (`bicompile.capture`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from bicompile.errors import UnsupportedDtype
+from bicompile.graph import Emit, describe_call, user_line, value
+from bicompile.passes.rules import RULES, Rule
+
+
+def replace(gm: GraphModule, *, run) -> None:
+    """Apply RULES to every node."""
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if getattr(node.target, "namespace", "") == "bicompile":
+            _check_dtype(node, node.target, run)
+            run.decide(node, "captured whole", became=str(node.target))
+        elif (rule := RULES.get(node.target)) is not None and _is_float(node):
+            _apply(rule, node, run)
+
+
+def _is_float(node: Node) -> bool:
+    out = value(node)
+    out = out[0] if isinstance(out, (tuple, list)) else out
+    return out.dtype.is_floating_point or out.dtype.is_complex
+
+
+def _apply(rule: Rule, node: Node, run) -> None:
+    if not _check_dtype(node, rule.target, run) or not run.fuel():
+        return
+    emit = Emit(node)
+    new = rule.bind(emit, *node.args, **node.kwargs)
+    if new is NotImplemented:
+        return
+    run.decide(node, rule.kernel.order, became=str(rule.kernel.op))
+    emit.take_place(new)
+
+
+def _check_dtype(node: Node, op: object, run) -> bool:
+    """Whether the node computes in a dtype that the kernels have; otherwise it is refused."""
+    tensors = [a for a in map(value, node.all_input_nodes) if isinstance(a, torch.Tensor)]
+    dtypes = {t.dtype for t in tensors if t.dtype.is_floating_point or t.dtype.is_complex}
+    accepted = (torch.float32, torch.bfloat16, torch.float16)
+    for dtype in dtypes - set(accepted):
+        if run.options.unsupported == "allow":
+            return False
+        raise UnsupportedDtype(
+            op=op,
+            dtype=dtype,
+            given=describe_call(node),
+            accepted=accepted,
+            line=user_line(node),
+        )
+    return True

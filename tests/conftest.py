@@ -1,0 +1,41 @@
+"""Shared set-up: hypothesis profiles, poisoned memory, one C++ build for all workers."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("dev", max_examples=10, deadline=None)
+hypothesis.settings.register_profile(
+    "ci", max_examples=10, deadline=None, derandomize=True, database=None
+)
+hypothesis.settings.register_profile("soak", max_examples=500, deadline=None, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what needs a GPU, the real model or much time, unless it is asked for by name."""
+    chosen = config.getoption("-m") or ""
+    for item in items:
+        for marker in ("gpu", "soak", "real"):
+            if item.get_closest_marker(marker) and marker not in chosen:
+                item.add_marker(pytest.mark.skip(reason=f"run with: pytest -m {marker}"))
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fill uninitialised memory with NaN, so that an element nobody wrote is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo(request):
+    """No compiled function of one test serves another."""
+    yield
+    torch._dynamo.reset()
