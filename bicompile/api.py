@@ -82,9 +82,11 @@ def check_settings(model: torch.nn.Module) -> None:
     """Refuse settings of transformers models that leave the graph or the guarantee."""
     config = getattr(model, "config", None)
     refused = {
-        "_attn_implementation": ("flex_attention", "it builds its masks outside the graph", "sdpa"),
-        "_experts_implementation": ("eager", "its loop over experts leaves the graph", "grouped_mm"),
+        "_attn_implementation": ("flex_attention", "it builds its masks outside the graph", "sdpa")
     }
+    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+        reason = "its loop over experts leaves the graph"
+        refused["_experts_implementation"] = ("eager", reason, "grouped_mm")
     for name, (value, reason, instead) in refused.items():
         if getattr(config, name, None) == value:
             raise UnsafeSetting(

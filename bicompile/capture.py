@@ -20,6 +20,7 @@ from torch._C import DispatchKey
 from torch._dynamo.exc import ShortenTraceback
 from torch._guards import CompileContext
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bicompile import graph
 from bicompile.contract import HALF_AND_FLOAT
@@ -174,8 +175,11 @@ def attention(
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = attn_mask.unsqueeze(1)
         query, key, value = (_to_rank_4(t) for t in (query, key, value))
-    batch = torch.broadcast_shapes(query.shape[:1], key.shape[:1], value.shape[:1])
-    query, key, value = (t.expand(*batch, -1, -1, -1) for t in (query, key, value))
+    (batch,) = torch.broadcast_shapes(query.shape[:1], key.shape[:1], value.shape[:1])
+    query, key, value = (
+        t if statically_known_true(t.shape[0] == batch) else t.expand(batch, -1, -1, -1)
+        for t in (query, key, value)
+    )
     out: torch.Tensor = torch.ops.bicompile.sdpa.default(
         query, key, value, attn_mask, is_causal, scale
     )

@@ -263,6 +263,7 @@ def compile_graph(
     decompositions: Any = None,
     mode: str | None = None,
     stamp: str = "",
+    caches: bool = True,
 ) -> Any:
     """Compile a captured graph with Inductor, pinned so that it keeps every element's bits.
 
@@ -273,19 +274,30 @@ def compile_graph(
         decompositions: table of decompositions; must pickle, or the caches never hit.
         mode: one of torch.compile's modes; nothing is autotuned in any of them.
         stamp: identity of all that decides bits outside this file, part of the cache keys.
+        caches: whether a graph compiled earlier may be taken from the disk.
 
     Raises:
         UnknownOption: `mode` is unknown.
     """
+    from torch._functorch import config as functorch_config
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(
-        gm,
-        list(example_inputs),
-        inner_compile=inner,
-        config_patches=config_patches(mode, stamp),
-        decompositions=decompositions,
-    )
+    seen = {} if caches else {"enable_autograd_cache": False}
+    with functorch_config.patch(**seen):
+        return compile_fx(
+            gm,
+            list(example_inputs),
+            inner_compile=inner,
+            config_patches=config_patches(mode, stamp),
+            decompositions=decompositions,
+        )
+
+
+def cache_dir() -> Path:
+    """The folder in which Inductor keeps compiled graphs (TORCHINDUCTOR_CACHE_DIR)."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir as folder
+
+    return Path(folder())
 
 
 def falls_back(target: object) -> bool:

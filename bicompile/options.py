@@ -42,12 +42,13 @@ class Options:
             >>> Options.parse({"random": "allow"}).random
             'allow'
         """
+        from bicompile.passes.audit import audit
         from bicompile.pipeline import PIPELINE
 
         accepted: dict[str, tuple[str, ...]] = {
             **dict.fromkeys(("unsupported", "graph_breaks", "random"), _POLICIES),
             "schedules": ("certified", "single"),
-            "disable": tuple(p.__name__ for p in PIPELINE),
+            "disable": tuple(p.__name__ for p in PIPELINE if p is not audit),
         }
         known = [f.name for f in fields(cls)]
         values: dict[str, object] = dict(given or {})

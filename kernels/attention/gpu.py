@@ -15,7 +15,7 @@ from bicompile.kernels.attention.tiles import attend_chunk, merge, merge_run
 from bicompile.kernels.common.trees import LOG2E, OPTIONS, strides
 
 CHUNK = 512  # pinned: keys of a chunk
-TILE = 64  # pinned: keys of a tile
+TILE = {2: 64, 4: 32}  # pinned: keys of a tile, by bytes per element
 
 
 @triton.jit
@@ -91,8 +91,9 @@ def attention_kernel(
     anchor = _anchor(START, b, rs, PARTS, MODE)
     t0, t1, seen, full, low, top = _span(first, last, plain, anchor, T)
     d = tl.arange(0, DP)
-    place = (b * sqb + head * sqh + query.to(tl.int64) * sqm)[:, None] + d[None, :] * sqd
-    q = tl.load(Q + place, mask=here[:, None] & (d[None, :] < D), other=0.0)
+    q = Q + b * sqb + head * sqh + query.to(tl.int64) * sqm
+    if Q.dtype.element_ty != tl.float32:
+        q = tl.load(q[:, None] + d[None, :] * sqd, mask=d[None, :] < D, other=0.0)
     k = K + b * skb + bh % (H // G) * skh
     v = V + b * svb + bh % (H // G) * svh
     bias = MASK + b * smb + head * smh + query.to(tl.int64) * smq
@@ -110,7 +111,7 @@ def attention_kernel(
         mid = tl.where(seen <= anchor + lo * T, tl.minimum(tl.maximum(full, lo), hi), lo)
         m, l, a = attend_chunk(
             q, k, v, bias, first, last, plain, low, top, anchor, lo, mid, hi,
-            sks, skd, svs, svd, sms, scale, D, DV, DP, DVP, R, T, MODE == "mask", BIAS, STAGES,
+            sqd, sks, skd, svs, svd, sms, scale, D, DV, DP, DVP, R, T, MODE == "mask", BIAS, STAGES,
         )  # fmt: skip
         if SPLIT:
             mt, lt, at = m, l, a
@@ -180,7 +181,7 @@ def sdpa(query, key, value, attn_mask, is_causal, scale, chosen=None, split=None
         return out.transpose(1, 2)
     dp, dvp = (max(16, triton.next_power_of_2(n)) for n in (d, dv))
     g = h // hkv
-    rows = q_len * g
+    rows, tile = q_len * g, TILE[query.element_size()]
     use = chosen or schedule(query.element_size(), max(dp, dvp), rows)
     tiles, chunks = triton.cdiv(rows, use.rows), triton.cdiv(s, CHUNK)
     if split is None:
@@ -195,7 +196,7 @@ def sdpa(query, key, value, attn_mask, is_causal, scale, chosen=None, split=None
         query, key, value, *arrays, acc, top, total,
         b * hkv, q_len, s, tiles, chunks, parts, *row_strides,
         *strides(query), *strides(key), *strides(value), *mask_strides, scale * LOG2E.value,
-        H=h, G=g, D=d, DV=dv, DP=dp, DVP=dvp, R=use.rows, T=TILE, PER=CHUNK // TILE,
+        H=h, G=g, D=d, DV=dv, DP=dp, DVP=dvp, R=use.rows, T=tile, PER=CHUNK // tile,
         MODE=_mode(attn_mask, is_causal),
         BIAS=attn_mask is not None and attn_mask.dtype != torch.bool, SPLIT=split,
         STAGES=use.stages, num_warps=use.warps, num_stages=use.stages, **OPTIONS,

@@ -6,6 +6,7 @@ import triton.language as tl
 from bicompile.kernels.common.trees import LOG2E, pair_tree
 
 LANES = tl.constexpr(8)  # pinned: lanes of the sum of weights
+SLICE = tl.constexpr(32)  # columns of the head in one fp32 dot
 
 
 @triton.jit
@@ -32,35 +33,6 @@ def _weigh(s, m, lanes, acc, R: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def _add_special(p, vis, x, bad, acc, TYPE: tl.constexpr):
-    """Add inf and NaN values to the rows that see them, as p @ v would (inf * 0 is NaN).
-
-    Counts, exact in any order: +inf in units of 1, -inf of 128, NaN of 16384; a tile has 64 keys.
-    """
-    code = tl.where(x == float("inf"), 1.0, tl.where(x == float("-inf"), 128.0, 16384.0))
-    code = tl.where(bad, code, 0.0).to(TYPE)
-    lost = tl.where(bad, 16384.0, 0.0).to(TYPE)
-    n = tl.dot((vis & (p > 0)).to(TYPE), code, input_precision="ieee")
-    n = tl.dot((vis & (p == 0)).to(TYPE), lost, n, input_precision="ieee").to(tl.int32)
-    extra = tl.where(n % 128 > 0, float("inf"), 0.0)
-    extra = extra + tl.where(n // 128 % 128 > 0, float("-inf"), 0.0)
-    extra = tl.where(n // 16384 > 0, float("nan"), extra)
-    return tl.where(n > 0, acc + extra, acc)
-
-
-@triton.jit
-def _add_values(p, vis, v, acc):
-    """acc + p @ v, where the value of a key that a row does not see adds nothing, not even NaN."""
-    x = v.to(tl.float32)
-    bad = (x - x) != 0.0
-    p = p.to(v.dtype)
-    acc = tl.dot(p, tl.where(bad, 0.0, v).to(v.dtype), acc, input_precision="ieee")
-    if tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0:
-        acc = _add_special(p.to(tl.float32), vis, x, bad, acc, v.dtype)
-    return acc
-
-
-@triton.jit
 def _load(X, key, there, stride, column_stride, D: tl.constexpr, DP: tl.constexpr):
     """Rows `key` of K or V, [T, DP]; 0 where there is nothing to see."""
     d = tl.arange(0, DP)
@@ -81,43 +53,103 @@ def _load_full(X, key, stride, column_stride, D: tl.constexpr, DP: tl.constexpr)
 
 
 @triton.jit
+def _sliced_scores(
+    q, sqd, K, key, there, sks, skd, D: tl.constexpr, R: tl.constexpr, T: tl.constexpr
+):
+    """q @ k.T in fp32, the head in slices: the same chain as a whole dot, in fewer registers."""
+    s = tl.zeros([R, T], tl.float32)
+    d = tl.arange(0, SLICE)
+    for d0 in range(0, D, SLICE):
+        inside = d0 + d < D
+        at = (d0 + d).to(tl.int64)
+        x = tl.load(q[:, None] + at[None, :] * sqd, mask=inside[None, :], other=0.0)
+        k = key.to(tl.int64)[:, None] * sks + at[None, :] * skd
+        k = tl.load(K + k, mask=there[:, None] & inside[None, :], other=0.0)
+        s = tl.dot(x, k.T, s, input_precision="ieee")
+    return s
+
+
+@triton.jit
+def _add_values(p, v, acc):
+    """acc + p @ v; the weights are rounded to the type of the values, as flash attention does."""
+    return tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+
+
+@triton.jit
+def _special(p, vis, v):
+    """What inf and NaN values add to the rows that see them, [R, DVP]; 0: nothing.
+
+    As p @ v: inf times a weight of 0 is NaN. Counts are exact in any order: a key adds 1 for +inf,
+    128 for -inf, 16384 or more for NaN; a tile has at most 64 keys.
+    """
+    x = v.to(tl.float32)
+    code = tl.where(x == float("inf"), 1.0, tl.where(x == float("-inf"), 128.0, 16384.0))
+    code = tl.where((x - x) != 0.0, code, 0.0).to(v.dtype)
+    p = p.to(v.dtype).to(tl.float32)
+    seen = tl.where(vis & (p > 0.0), 1.0, tl.where(vis & (p == 0.0), 16384.0, 0.0))
+    n = _add_values(seen, code, tl.zeros([p.shape[0], v.shape[1]], tl.float32))
+    extra = tl.where(n - tl.floor(n / 128.0) * 128.0 > 0.0, float("inf"), 0.0)
+    extra = extra + tl.where(n >= 128.0, float("-inf"), 0.0)
+    return tl.where(n >= 16384.0, float("nan"), extra)
+
+
+@triton.jit
+def _visible(
+    s, key, first, last, plain, MASK, sms, MASKED: tl.constexpr, BIAS: tl.constexpr
+):
+    """Logits with the mask applied (unseen: -inf), and what each row sees."""
+    vis = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
+    if MASKED:  # no branch: where the range says it all, nothing is loaded
+        at = MASK[:, None] + key.to(tl.int64)[None, :] * sms
+        x = tl.load(at, mask=vis & (plain == 0), other=0)
+        if BIAS:
+            x = x.to(tl.float32)
+            vis = vis & (x != float("-inf"))
+            s = s + x * LOG2E
+        else:
+            vis = vis & ((x != 0) | (plain != 0))
+    return tl.where(vis, s, float("-inf")), vis
+
+
+@triton.jit
 def attend_chunk(
     q, K, V, MASK, first, last, plain, low, top, anchor, lo, mid, hi,
-    sks, skd, svs, svd, sms, scale,
+    sqd, sks, skd, svs, svd, sms, scale,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, R: tl.constexpr,
     T: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Tiles [lo, mid), which every row sees whole, then [mid, hi): maximum, sum, weighted values."""
+    """Tiles [lo, mid), which every row sees whole, then [mid, hi): maximum, sum, weighted values.
+
+    q: the queries [R, DP]; in fp32 their addresses [R].
+    """
+    SLICED: tl.constexpr = q.dtype.is_ptr()
     m = tl.full([R], float("-inf"), tl.float32)
     lanes = tl.zeros([R, LANES], tl.float32)
     acc = tl.zeros([R, DVP], tl.float32)
     for t in tl.range(lo, mid, num_stages=STAGES):
         key = anchor + t * T + tl.arange(0, T)
-        k = _load_full(K, key, sks, skd, D, DP)
+        if SLICED:
+            s = _sliced_scores(q, sqd, K, key, key >= 0, sks, skd, D, R, T)
+        else:
+            s = tl.dot(q, _load_full(K, key, sks, skd, D, DP).T)
         v = _load_full(V, key, svs, svd, DV, DVP)
-        s = tl.dot(q, k.T, input_precision="ieee") * scale
-        p, m, lanes, acc = _weigh(s, m, lanes, acc, R, T)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-    for t in tl.range(mid, hi, num_stages=STAGES):
+        p, m, lanes, acc = _weigh(s * scale, m, lanes, acc, R, T)
+        acc = _add_values(p, v, acc)
+    for t in tl.range(mid, hi, num_stages=1):
         key = anchor + t * T + tl.arange(0, T)
         there = (key >= low) & (key <= top)
-        k = _load(K, key, there, sks, skd, D, DP)
-        v = _load(V, key, there, svs, svd, DV, DVP)
-        s = tl.dot(q, k.T, input_precision="ieee") * scale
-        vis = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
-        if MASKED:
-            if not plain:
-                at = MASK[:, None] + key.to(tl.int64)[None, :] * sms
-                x = tl.load(at, mask=vis, other=0)
-                if BIAS:
-                    x = x.to(tl.float32)
-                    vis = vis & (x != float("-inf"))
-                    s = s + x * LOG2E
-                else:
-                    vis = vis & (x != 0)
-        s = tl.where(vis, s, float("-inf"))
+        if SLICED:
+            s = _sliced_scores(q, sqd, K, key, there, sks, skd, D, R, T)
+        else:
+            s = tl.dot(q, _load(K, key, there, sks, skd, D, DP).T)
+        s, vis = _visible(s * scale, key, first, last, plain, MASK, sms, MASKED, BIAS)
         p, m, lanes, acc = _weigh(s, m, lanes, acc, R, T)
-        acc = _add_values(p, vis, v, acc)
+        v = _load(V, key, there, svs, svd, DV, DVP)
+        bad = (v - v) != 0.0
+        # the value of a key that a row does not see must add nothing, not even NaN
+        acc = _add_values(p, tl.where(bad, 0.0, v).to(v.dtype), acc)
+        if tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0:
+            acc = acc + _special(p, vis, _load(V, key, there, svs, svd, DV, DVP))
     return m, pair_tree(lanes, R, LANES), acc
 
 

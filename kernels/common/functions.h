@@ -59,7 +59,7 @@ template <class T, class U>
 BIC_INLINE T bit_cast(U from) {
   static_assert(sizeof(T) == sizeof(U), "bit_cast keeps the size");
   T to;
-  std::memcpy(&to, &from, sizeof(to));
+  std::memcpy(static_cast<void*>(&to), &from, sizeof(to));
   return to;
 }
 
@@ -179,20 +179,24 @@ template <class V>
 BIC_INLINE V expm1(V x) {
   IntOf<V> n;
   V p = exp_reduced(at_least(at_most(x, 89.f), -30.f), n);
-  // 2^n p + (2^n - 1), halved on the way because n can be 128.
-  V s = power_of_two<V>(n - splat_int<V>(1));
-  V r = fma(s, p, s - splat<V>(0.5f));
+  // 2^n p + (2^n - 1), halved on the way because n can be 128. From 2^24 on, 2^n - 1 would round.
+  V s = power_of_two<V>(n - splat_int<V>(1)), half = splat<V>(-0.5f);
+  auto large = s > splat<V>(0x1p23f);
+  V r = fma(s, p, select(large, half, s + half)) + select(large, s, splat<V>(0.f));
   return select(absolute(x) < splat<V>(0x1p-26f), x, r + r);
 }
 
 template <class V>
 BIC_INLINE V tanh(V x) {
-  V a = absolute(x);
+  V a = absolute(x), square = x * x;
+  V q = horner(square, -0x1.55553ep-2f, 0x1.1109bep-3f, -0x1.b89abap-5f, 0x1.54c3c2p-6f,
+               -0x1.828776p-8f);
+  V small = fma(q * square, x, x);
+  // 1 - 2 / (exp(2|x|) + 1); beyond 10 the result is 1.
   IntOf<V> n;
-  V p = exp_reduced(at_most(a + a, 20.f), n);
-  V s = power_of_two<V>(n);
-  V e = fma(s, p, s - splat<V>(1.f));  // expm1(2|x|)
-  return with_sign_of(e / (e + splat<V>(2.f)), x);
+  V p = exp_reduced(at_most(a + a, 20.f), n), s = power_of_two<V>(n), one = splat<V>(1.f);
+  V large = one - splat<V>(2.f) / fma(s, p, s + one);
+  return with_sign_of(select(a < splat<V>(0.6f), small, large), x);
 }
 
 template <class V>
@@ -287,14 +291,18 @@ template <class V>
 BIC_INLINE V sin_shifted(V x, int quadrants) {
   V k = x * splat<V>(0x1.45f306p-1f);
   IntOf<V> j = round_to_int(k) + splat_int<V>(quadrants);
-  V r = fma(k, splat<V>(-0x1.921fbp+0f), x);
-  r = fma(k, splat<V>(-0x1.5110b4p-22f), r);
-  r = fma(k, splat<V>(-0x1.846988p-48f), r);
-  V s = r * r;
+  // x - k pi/2 = r + low: the two largest parts are added without error.
+  V r0 = fma(k, splat<V>(-0x1.921fbp+0f), x);
+  V part = k * splat<V>(-0x1.5110b4p-22f), r = r0 + part, taken = r - r0;
+  V low = fma(k, splat<V>(-0x1.5110b4p-22f), -part) + ((r0 - (r - taken)) + (part - taken));
+  low = fma(k, splat<V>(-0x1.846988p-48f), low);
+  V s = r * r, half = splat<V>(-0.5f), one = splat<V>(1.f);
   V p = horner(s, -0x1.555556p-3f, 0x1.111174p-7f, -0x1.a05956p-13f, 0x1.7c2da2p-19f);
-  V sine = fma(p, fma(s, r, splat<V>(0.f)), r);  // + 0 keeps the sign of r = -0
-  V c = horner(s, -0.5f, 0x1.55554ap-5f, -0x1.6c0c26p-10f, 0x1.99e714p-16f);
-  V cosine = fma(c, s, splat<V>(1.f));
+  V sine = fma(p, s * r, fma(s * low, half, low)) + r;
+  sine = select(x == splat<V>(0.f), x, sine);  // keeps -0
+  V c = horner(s, 0x1.55554ap-5f, -0x1.6c0c26p-10f, 0x1.99e714p-16f);
+  V square = s * half, head = one + square;  // 1 - s/2, with what the sum lost in the next line
+  V cosine = head + fma(c, s * s, ((one - head) + square) - r * low);
   V v = select((j & splat_int<V>(1)) != splat_int<V>(0), cosine, sine);
   return bit_cast<V>(bit_cast<IntOf<V>>(v) ^ ((j & splat_int<V>(2)) << 30));
 }

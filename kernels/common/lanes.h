@@ -58,6 +58,8 @@ BIC_INLINE f32x8 high(f32x16 v) {
 }
 BIC_INLINE f32x16 as_float(i32x16 v) { return (f32x16)v; }
 BIC_INLINE i32x16 as_int(f32x16 v) { return (i32x16)v; }
+BIC_INLINE i32x16 shift_left_16(i32x16 v) { return v << 16; }
+BIC_INLINE i32x16 shift_right_16(i32x16 v) { return (i32x16)_mm512_srli_epi32((__m512i)v, 16); }
 #else
 struct i32x16 {
   i32x8 a, b;
@@ -111,6 +113,11 @@ BIC_INLINE f32x8 low(f32x16 v) { return v.a; }
 BIC_INLINE f32x8 high(f32x16 v) { return v.b; }
 BIC_INLINE f32x16 as_float(i32x16 v) { return {(f32x8)v.a, (f32x8)v.b}; }
 BIC_INLINE i32x16 as_int(f32x16 v) { return {(i32x8)v.a, (i32x8)v.b}; }
+BIC_INLINE i32x16 shift_left_16(i32x16 v) { return {v.a << 16, v.b << 16}; }
+BIC_INLINE i32x16 shift_right_16(i32x16 v) {  // unsigned
+  typedef uint32_t u32x8 __attribute__((vector_size(32)));
+  return {(i32x8)((u32x8)v.a >> 16), (i32x8)((u32x8)v.b >> 16)};
+}
 #endif
 
 BIC_INLINE f32x16 zero() { return splat(0.f); }

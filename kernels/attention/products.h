@@ -1,0 +1,134 @@
+// The two products of attention: scores of rows with a panel of keys, and weights with values.
+#ifndef BICOMPILE_ATTENTION_PRODUCTS_H
+#define BICOMPILE_ATTENTION_PRODUCTS_H
+
+#include "../common/lanes.h"
+#include "../common/transpose.h"
+
+namespace bic::simd {
+
+constexpr int64_t kPanel = 64;  // keys side by side in a panel [D][64]
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Turns up to 64 keys into out[D rounded up to 16][64]; what is missing is 0.
+template <class T>
+void pack_keys(const T* k, int64_t stride, int64_t keys, int64_t D, float* out) {
+  for (int64_t j = 0; j < kPanel; j += W)
+    for (int64_t d = 0; d < D; d += W) {
+      i32x16 r[W];
+      for (int64_t i = 0; i < W; i++) {
+        const T* p = k + (j + i) * stride + d;
+        r[i] = as_int(j + i >= keys ? zero() : D - d >= W ? load(p) : load(p, D - d));
+      }
+      transpose(r);
+      for (int64_t i = 0; i < W; i++) store_raw(out + (d + i) * kPanel + j, as_float(r[i]));
+    }
+}
+
+// s[m][64] = the scores of MR rows: for each key one fma chain over d.
+template <int MR, int NV>
+BIC_INLINE void score_tile(const float* q, int64_t ldq, const float* panel, int64_t D, float* s,
+                           int64_t lds) {
+  f32x16 acc[MR][NV];
+  for (auto& row : acc)
+    for (auto& v : row) v = zero();
+  for (int64_t d = 0; d < D; d++) {
+    f32x16 k[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) k[j] = load(panel + d * kPanel + j * W);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; m++) {
+      const f32x16 x = splat(q[m * ldq + d]);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; j++) acc[m][j] = fma(x, k[j], acc[m][j]);
+    }
+  }
+  for (int m = 0; m < MR; m++)
+    for (int j = 0; j < NV; j++) store_raw(s + m * lds + j * W, acc[m][j]);
+}
+
+#if defined(__AVX512F__)
+constexpr int kScoreN = 4;
+#else
+constexpr int kScoreN = 1;
+#endif
+
+inline void scores(const float* q, int64_t ldq, int64_t rows, const float* panel, int64_t D,
+                   float* s, int64_t lds) {
+  for (int64_t j = 0; j < kPanel; j += kScoreN * W) {
+    int64_t m = 0;
+    for (; m + 6 <= rows; m += 6)
+      score_tile<6, kScoreN>(q + m * ldq, ldq, panel + j, D, s + m * lds + j, lds);
+    for (; m + 3 <= rows; m += 3)
+      score_tile<3, kScoreN>(q + m * ldq, ldq, panel + j, D, s + m * lds + j, lds);
+    for (; m < rows; m++)
+      score_tile<1, kScoreN>(q + m * ldq, ldq, panel + j, D, s + m * lds + j, lds);
+  }
+}
+
+// o[m] += sum over keys of p[m][k] * v[k], l[m] += sum of p[m][k]: one chain each, keys rising.
+// A tile of one vector may be narrower than 16.
+template <class T, int MR, int NV>
+BIC_INLINE void value_tile(const float* p, int64_t ldp, const T* v, int64_t stride, int64_t keys,
+                           int64_t width, float* o, int64_t ldo, float* l) {
+  const auto read = [width](const T* x) { return NV > 1 || width == W ? load(x) : load(x, width); };
+  f32x16 acc[MR][NV], sum[MR];
+  for (int m = 0; m < MR; m++) {
+    sum[m] = splat(l[m]);
+    for (int j = 0; j < NV; j++) acc[m][j] = load(o + m * ldo + j * W);
+  }
+  for (int64_t k = 0; k < keys; k++) {
+    f32x16 x[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) x[j] = read(v + k * stride + j * W);
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; m++) {
+      const f32x16 w = splat(p[m * ldp + k]);
+      sum[m] = sum[m] + w;
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; j++) acc[m][j] = fma(w, x[j], acc[m][j]);
+    }
+  }
+  float t[W];
+  for (int m = 0; m < MR; m++) {
+    store_raw(t, sum[m]);
+    l[m] = t[0];
+    for (int j = 0; j < NV; j++) store_raw(o + m * ldo + j * W, acc[m][j]);
+  }
+}
+
+template <class T, int NV>
+void values_of_rows(const float* p, int64_t ldp, int64_t rows, const T* v, int64_t stride,
+                    int64_t keys, int64_t width, float* o, int64_t ldo, float* l) {
+  int64_t m = 0;
+  const auto tile = [&](auto count) __attribute__((always_inline)) {
+    constexpr int MR = decltype(count)::value;
+    value_tile<T, MR, NV>(p + m * ldp, ldp, v, stride, keys, width, o + m * ldo, ldo, l + m);
+    m += MR;
+  };
+  while (m + 4 <= rows) tile(std::integral_constant<int, 4>{});
+  while (m + 3 <= rows) tile(std::integral_constant<int, 3>{});
+  while (m < rows) tile(std::integral_constant<int, 1>{});
+}
+
+#if defined(__AVX512F__)
+constexpr int kValueN = 4;
+#else
+constexpr int kValueN = 2;
+#endif
+
+// o[rows][ldo], l[ceil(Dv / 16)][rows] (the same sum each time) over `keys` more keys.
+template <class T>
+void values(const float* p, int64_t ldp, int64_t rows, const T* v, int64_t stride, int64_t keys,
+            int64_t Dv, float* o, int64_t ldo, float* l) {
+  int64_t d = 0;
+  for (; d + kValueN * W <= Dv; d += kValueN * W, l += rows)
+    values_of_rows<T, kValueN>(p, ldp, rows, v + d, stride, keys, W, o + d, ldo, l);
+  for (; d < Dv; d += W, l += rows)
+    values_of_rows<T, 1>(p, ldp, rows, v + d, stride, keys, Dv - d < W ? Dv - d : W, o + d, ldo, l);
+}
+
+}  // namespace bic::simd
+
+#endif

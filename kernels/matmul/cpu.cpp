@@ -1,0 +1,200 @@
+// mm, addmm, bmm and baddbmm, in the order of kernels/matmul.
+#include "../common/tensor.h"
+#include "panels.h"
+#include "rows.h"
+
+namespace bic::simd {
+namespace {
+
+// One product: a [M, K] with contiguous rows; b [K, N] walked along K (rows of its transpose) or N.
+template <class P>
+struct Product {
+  using T = typename P::Element;
+  const T *a, *b;
+  int64_t M, N, K, lda, ldb;
+  bool along_k;
+  Output<T> out;
+
+  // Below this many rows the turning of b would cost more than the shuffles it saves.
+  static constexpr int64_t kFewRows = 32;
+
+  void run() const {
+    if (along_k && M < kFewRows) run_rows();
+    else run_panels();
+  }
+
+ private:
+  void run_rows() const {
+    constexpr int64_t kColumns = 24;  // a multiple of every tile's width
+    parallel((N + kColumns - 1) / kColumns, kColumns * M * K / W, [&](int64_t begin, int64_t end) {
+      by_rows<P>(a, lda, b, ldb, M, K, out, begin * kColumns, std::min(N, end * kColumns));
+    });
+  }
+
+  int64_t steps() const { return (K + P::kBlock - 1) / P::kBlock; }
+
+  void run_panels() const {
+    const int64_t block = W * lane_stride(steps(), kPanelM);
+    const Scratch<Word> packed((M / kPanelM + 4) * block);
+    parallel((M + kPanelM - 1) / kPanelM, kPanelM * K, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) pack_block(i * kPanelM, packed + i * block);
+    });
+    const int64_t vectors = (N + W - 1) / W, threes = whole_panels(vectors);
+    const int64_t panels = threes + (vectors - threes * kPanelN + 1) / 2;
+    const int64_t chunk = chunk_rows(panels), chunks = (M + chunk - 1) / chunk;
+    parallel(panels * chunks, kPanelN * std::min(M, chunk) * K, [&](int64_t begin, int64_t end) {
+      const Scratch<Word> panel(W * lane_stride(steps(), kPanelN * W));
+      int64_t ready = -1;
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t p = i / chunks, m = i % chunks * chunk;
+        const int64_t v = p < threes ? p * kPanelN : threes * kPanelN + 2 * (p - threes);
+        const int64_t nv = panel_vectors(v, vectors);
+        if (ready != p) pack_panel(v, nv, panel);
+        ready = p;
+        const Word* rows = packed + m / kPanelM * block;
+        panel_rows(rows, panel, m, std::min(M, m + chunk), v * W, nv);
+      }
+    });
+  }
+
+  static int64_t whole_panels(int64_t vectors) {
+    const int64_t whole = vectors / kPanelN;
+    return kPanelN == 3 && vectors % 3 == 1 && whole ? whole - 1 : whole;
+  }
+  // Rows of one task: all, unless there are too few panels for the threads.
+  int64_t chunk_rows(int64_t panels) const {
+    const int64_t wanted = (2 * torch::stable::get_num_threads() + panels - 1) / panels;
+    const int64_t rows = std::max<int64_t>(64, (M + wanted - 1) / wanted);
+    return (rows + kPanelM - 1) / kPanelM * kPanelM;
+  }
+
+  void pack_block(int64_t m, Word* to) const {
+    for (const int64_t stop = std::min(M, m + kPanelM); m < stop;) {
+      const int64_t rows = block_rows(m, M);
+      pack_rows<P>(a + m * lda, lda, rows, K, rows, 0, rows, to);
+      to += W * lane_stride(steps(), rows);
+      m += rows;
+    }
+  }
+  void pack_panel(int64_t v, int64_t nv, Word* to) const {
+    for (int64_t i = 0; i < nv; i++) {
+      const int64_t n = (v + i) * W, count = std::min(W, N - n);
+      if (along_k) pack_rows<P>(b + n * ldb, ldb, count, K, nv * W, i * W, W, to);
+      else pack_columns<P>(b + n, ldb, count, K, nv * W, i * W, to);
+    }
+  }
+  void panel_rows(const Word* rows, const Word* panel, int64_t m, int64_t m1, int64_t n,
+                  int64_t nv) const {
+    if (nv == 1) panel_blocks<P, 1>(rows, panel, m, m1, K, out, n, N);
+    if constexpr (kPanelN == 3) {
+      if (nv == 2) panel_blocks<P, 2>(rows, panel, m, m1, K, out, n, N);
+      if (nv == 3) panel_blocks<P, 3>(rows, panel, m, m1, K, out, n, N);
+    }
+  }
+};
+
+// ---- operands
+
+struct Operand {
+  Tensor t;
+  int64_t batch_stride, ld;
+  bool along_k;
+};
+
+int64_t stride(const Tensor& t, int64_t d) { return t.size(d) > 1 ? t.stride(d) : 0; }
+
+Operand left(const Tensor& t) {
+  const int64_t d = t.dim() - 2;
+  if (t.size(d + 1) > 1 && t.stride(d + 1) != 1) return left(torch::stable::contiguous(t));
+  return {t, d ? stride(t, 0) : 0, stride(t, d), true};
+}
+Operand right(const Tensor& t) {
+  const int64_t d = t.dim() - 2, batch = d ? stride(t, 0) : 0;
+  if (t.size(d) <= 1 || t.stride(d) == 1) return {t, batch, stride(t, d + 1), true};
+  if (t.size(d + 1) <= 1 || t.stride(d + 1) == 1) return {t, batch, stride(t, d), false};
+  return right(torch::stable::contiguous(t));
+}
+
+struct Bias {
+  const Tensor* self = nullptr;
+  float beta = 0.f, alpha = 1.f;
+};
+
+template <class P>
+void run(const Operand& a, const Operand& b, const Bias& bias, const Tensor& c) {
+  using T = typename P::Element;
+  const int64_t d = c.dim() - 2, M = c.size(d), N = c.size(d + 1), K = a.t.size(d + 1);
+  Product<P> one{data<T>(a.t), data<T>(b.t), M, N, K, a.ld, b.ld, b.along_k, {}};
+  one.out = {mutable_data<T>(c), N};
+  one.out.alpha = bias.alpha;
+  int64_t batch_stride = 0;
+  if (bias.self && bias.beta != 0.f) {
+    const Tensor& s = *bias.self;
+    STD_TORCH_CHECK(s.scalar_type() == dtype_of<T>, "addmm: self has another dtype");
+    one.out.self = data<T>(s);
+    one.out.beta = bias.beta;
+    if (s.dim() >= 1) one.out.stride_n = stride(s, s.dim() - 1);
+    if (s.dim() >= 2) one.out.stride_m = stride(s, s.dim() - 2);
+    if (s.dim() >= 3) batch_stride = stride(s, 0);
+  }
+  if (d == 0) return one.run();
+  const auto batch = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      Product<P> p = one;
+      p.a += i * a.batch_stride;
+      p.b += i * b.batch_stride;
+      p.out.c += i * M * N;
+      if (p.out.self) p.out.self += i * batch_stride;
+      p.run();
+    }
+  };
+  parallel(c.size(0), M * N * K / W, batch);
+}
+
+Tensor product(const Tensor& left_, const Tensor& right_, const Bias& bias) {
+  const int64_t d = left_.dim() - 2;
+  STD_TORCH_CHECK(right_.dim() == d + 2 && left_.size(d + 1) == right_.size(d),
+                  "matmul: sizes do not fit");
+  STD_TORCH_CHECK(left_.scalar_type() == right_.scalar_type(), "matmul: dtypes differ");
+  Sizes shape = sizes(left_);
+  shape[d + 1] = right_.size(d + 1);
+  Tensor c = new_empty(left_, shape);
+  if (c.numel() == 0) return c;
+  const Operand a = left(left_), b = right(right_);
+  dispatch(left_.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    if constexpr (std::is_same_v<T, bf16>) {
+#if defined(__AVX512BF16__)
+      if (dot_equals_fma()) return run<PairByDot>(a, b, bias, c);
+#endif
+      run<PairByFma>(a, b, bias, c);
+    } else {
+      run<Single<T>>(a, b, bias, c);
+    }
+  });
+  return c;
+}
+
+// ---- the ops; tf32 concerns GPUs only
+
+Tensor mm(const Tensor& self, const Tensor& mat2, bool) { return product(self, mat2, {}); }
+Tensor bmm(const Tensor& self, const Tensor& mat2, bool) { return product(self, mat2, {}); }
+Tensor addmm(const Tensor& self, const Tensor& mat1, const Tensor& mat2, double beta, double alpha,
+             bool) {
+  return product(mat1, mat2, {&self, (float)beta, (float)alpha});
+}
+Tensor baddbmm(const Tensor& self, const Tensor& batch1, const Tensor& batch2, double beta,
+               double alpha, bool) {
+  return product(batch1, batch2, {&self, (float)beta, (float)alpha});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bicompile, CPU, m) {
+  m.impl("mm", TORCH_BOX(&mm));
+  m.impl("addmm", TORCH_BOX(&addmm));
+  m.impl("bmm", TORCH_BOX(&bmm));
+  m.impl("baddbmm", TORCH_BOX(&baddbmm));
+}
+
+}  // namespace bic::simd

@@ -1,0 +1,146 @@
+"""Laws of attention: one number for every spelling, and a masked key is as good as absent."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bicompile import native, registry, testing
+
+SDPA = registry.load_all()["sdpa"].op
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+each_device = pytest.mark.parametrize("device", DEVICES)
+each_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _native():
+    native.load()
+
+
+class Problem:
+    """Causal self-attention of one sequence: query i sees the keys 0..i."""
+
+    def __init__(self, dtype, device, length, heads=4, groups=2, size=16, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        draw = lambda h: torch.randn(1, h, length, size, generator=generator).to(device, dtype)  # noqa: E731
+        self.q, self.k, self.v = draw(heads), draw(groups), draw(groups)
+        self.length, self.scale, self.device, self.dtype = length, size**-0.5, device, dtype
+        self.visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        self.expected = SDPA(self.q, self.k, self.v, None, True, self.scale)
+
+    def run(self, q, k, v, mask):
+        return SDPA(q, k, v, mask, False, self.scale)
+
+
+lengths = st.sampled_from([1, 2, 15, 16, 17, 63, 64, 65, 100, 129])
+
+
+@each_device
+@each_dtype
+@given(length=lengths, seed=st.integers(0, 9))
+def test_spellings_of_a_mask_agree(device, dtype, length, seed):
+    p = Problem(dtype, device, length, seed=seed)
+    additive = torch.zeros(length, length, dtype=dtype, device=device)
+    infinite = additive.masked_fill(~p.visible, -torch.inf)
+    lowest = additive.masked_fill(~p.visible, torch.finfo(dtype).min)
+    for name, mask in {"bool": p.visible, "-inf": infinite, "finfo.min": lowest}.items():
+        for shape in ((length, length), (1, 1, length, length), (1, 4, length, length)):
+            out = p.run(p.q, p.k, p.v, mask.expand(shape))
+            testing.assert_same_bits(out, p.expected, f"{name} mask of shape {shape}")
+
+
+@each_device
+@each_dtype
+@given(length=lengths)
+def test_repeated_keys_are_grouped_keys(device, dtype, length):
+    p = Problem(dtype, device, length)
+    k, v = (t.repeat_interleave(2, 1) for t in (p.k, p.v))
+    testing.assert_same_bits(SDPA(p.q, k, v, None, True, p.scale), p.expected, "repeated")
+
+
+@each_device
+@each_dtype
+@given(length=lengths, seed=st.integers(0, 9), data=st.data())
+def test_chunks_and_single_queries_are_the_whole(device, dtype, length, seed, data):
+    p = Problem(dtype, device, length, seed=seed)
+    start = data.draw(st.integers(0, length - 1))
+    end = data.draw(st.integers(start + 1, length))
+    q, mask = p.q[:, :, start:end], p.visible[start:end]
+    expected = p.expected[:, :, start:end]
+    testing.assert_same_bits(p.run(q, p.k, p.v, mask), expected, "chunk, all keys")
+    k, v = p.k[:, :, :end], p.v[:, :, :end]
+    testing.assert_same_bits(p.run(q, k, v, mask[:, :end]), expected, "chunk, keys so far")
+    last = p.run(p.q[:, :, end - 1 : end], k, v, None)
+    testing.assert_same_bits(last, p.expected[:, :, end - 1 : end], "decode")
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize("junk", [0.0, 5.0, math.nan, math.inf])
+@given(length=lengths, seed=st.integers(0, 9), data=st.data())
+def test_masked_keys_are_absent(device, dtype, junk, length, seed, data):
+    """Before the visible keys (left padding) and behind them (right padding, empty cache slots)."""
+    p = Problem(dtype, device, length, seed=seed)
+    sizes = st.sampled_from([0, 1, 3, 16, 33, 64, 100])
+    before, after = data.draw(sizes), data.draw(sizes)
+
+    def widen(t, value):
+        shape = list(t.shape)
+        shape[2] = before + length + after
+        out = torch.full(shape, value, dtype=t.dtype, device=t.device)
+        out[:, :, before : before + length] = t
+        return out
+
+    mask = torch.zeros(length, before + length + after, dtype=torch.bool, device=device)
+    mask[:, before : before + length] = p.visible
+    out = p.run(p.q, widen(p.k, junk), widen(p.v, junk), mask)
+    testing.assert_same_bits(out, p.expected, f"{before} keys before and {after} behind")
+    padded = torch.zeros(before + length, mask.shape[1], dtype=torch.bool, device=device)
+    padded[before:] = mask
+    q = torch.cat([torch.full_like(p.q[:, :, :1], junk).expand(-1, -1, before, -1), p.q], 2)
+    out = p.run(q, widen(p.k, junk), widen(p.v, junk), padded)
+    testing.assert_same_bits(out[:, :, before:], p.expected, f"{before} rows of padding")
+    assert bool((testing.bits(out[:, :, :before]) == 0).all()), "a row that sees no key is 0"
+
+
+@each_device
+@each_dtype
+def test_holes_in_the_mask(device, dtype):
+    """On the CPU a masked key between visible ones is absent too."""
+    if device == "cuda":
+        pytest.skip("on a GPU keys are counted from the first visible one: holes stay")
+    p = Problem(dtype, device, 65)
+    keep = torch.arange(65) % 3 != 1
+    out = p.run(p.q, p.k, p.v, p.visible & keep)
+    without = p.run(p.q, p.k[:, :, keep], p.v[:, :, keep], p.visible[:, keep])
+    testing.assert_same_bits(out, without, "holes")
+
+
+@each_device
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 24), (torch.float32, 80)])
+def test_value_size_may_differ(device, dtype, size):
+    q, k = torch.randn(2, 4, 5, size), torch.randn(2, 2, 9, size)
+    v = torch.randn(2, 2, 9, 40)
+    reference = registry.KERNELS["sdpa"].reference
+    true = reference(*(t.to(dtype).double() for t in (q, k, v)), None, False, 0.2)
+    q, k, v = (t.to(device, dtype) for t in (q, k, v))
+    out = SDPA(q, k, v, None, False, 0.2)
+    assert out.shape == (2, 4, 5, 40)
+    assert (out.cpu() - true).abs().max() < 100 * torch.finfo(dtype).eps
+
+
+@each_device
+def test_a_seen_nan_is_a_nan(device):
+    p = Problem(torch.bfloat16, device, 20)
+    v = p.v.clone()
+    v[:, :, 7] = torch.nan
+    out = SDPA(p.q, p.k, v, None, True, p.scale)
+    assert bool(out[:, :, 7:].isnan().all())
+    testing.assert_same_bits(out[:, :, :7], p.expected[:, :, :7], "rows before the NaN")

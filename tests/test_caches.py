@@ -1,0 +1,73 @@
+"""Compiled graphs kept on disk: ours are never plain Inductor's, and a warm start knows all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+PROGRAM = """
+import sys, torch
+from torch._dynamo.utils import counters
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.LayerNorm(64)).eval()
+x = torch.randn(8, 64)
+with torch.no_grad():
+    y = torch.compile(model, backend=sys.argv[1])(x)
+    ours = torch.equal(torch.compile(model, backend=sys.argv[1])(x[:1]), y[:1])
+hits = counters["aot_autograd"]["autograd_cache_hit"]
+decisions = -1
+if sys.argv[1] == "batch_invariant":
+    from bicompile.report import REPORTS
+    decisions = len(REPORTS[0].decisions) if REPORTS[0].cached == bool(hits) else -2
+print("RESULT", hits, decisions, y.flatten().view(torch.int32).sum().item(), ours)
+"""
+
+
+def run(backend, folder):
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder)}
+    out = subprocess.run(
+        [sys.executable, "-c", PROGRAM, backend], env=env, check=True, capture_output=True, text=True
+    ).stdout
+    hits, decisions, digest, ours = out.split("RESULT ")[1].split()
+    return int(hits), int(decisions), int(digest), ours == "True"
+
+
+def test_second_process_is_warm_and_knows_the_decisions(tmp_path):
+    cold, warm = run("batch_invariant", tmp_path), run("batch_invariant", tmp_path)
+    assert cold[0] == 0
+    assert warm[0] == 2, "both graphs come from the disk"
+    assert warm[1] == cold[1] > 0, "the report is read back"
+    assert warm[2] == cold[2]
+
+
+def test_plain_inductor_first(tmp_path):
+    alone = run("batch_invariant", tmp_path / "a")
+    run("inductor", tmp_path / "b")
+    after = run("batch_invariant", tmp_path / "b")
+    assert after[0] == 0
+    assert after[1:] == alone[1:]
+
+
+def test_plain_inductor_second(tmp_path):
+    alone = run("inductor", tmp_path / "a")
+    run("batch_invariant", tmp_path / "b")
+    after = run("inductor", tmp_path / "b")
+    assert after[0] == 0
+    assert after[2] == alone[2]
+
+
+def test_lost_report_is_made_anew(tmp_path):
+    cold = run("batch_invariant", tmp_path)
+    for file in (tmp_path / "bicompile").iterdir():
+        file.unlink()
+    again = run("batch_invariant", tmp_path)
+    assert again[1] == cold[1]
+
+
+def test_half_written_report_is_not_read(tmp_path):
+    cold = run("batch_invariant", tmp_path)
+    for file in (tmp_path / "bicompile").iterdir():
+        file.write_text(file.read_text()[:-20])
+    again = run("batch_invariant", tmp_path)
+    assert again[1] == cold[1]

@@ -1,0 +1,200 @@
+"""Every error class: provoked as a user would, its text compared."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import bicompile
+from bicompile import errors
+
+X = torch.randn(4, 8)
+
+
+def run(function, *args, backend="batch_invariant", **kwargs):
+    with torch.no_grad():
+        return torch.compile(function, backend=backend, **kwargs)(*args)
+
+
+def test_unsupported_op():
+    def model(x):
+        y = x + 1
+        return y.cumsum(-1)
+
+    with pytest.raises(errors.UnsupportedOp) as caught:
+        run(model, X)
+    text = str(caught.value)
+    assert "aten.cumsum.default cannot be made batch-invariant" in text
+    assert "given: float32[4, 8], -1" in text
+    assert "test_errors.py:" in text and "return y.cumsum(-1)" in text
+    assert 'options={"unsupported": "allow"}' in text
+
+
+def test_unsupported_op_is_let_through_by_an_option():
+    out = run(lambda x: x.cumsum(-1), X, options={"unsupported": "allow"})
+    torch.testing.assert_close(out, X.cumsum(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_unsupported_dtype(dtype):
+    with pytest.raises(errors.UnsupportedDtype) as caught:
+        run(lambda x: x @ x.mT, X.to(dtype))
+    text = str(caught.value)
+    assert f"aten.mm.default has no invariant kernel for {dtype}" in text
+    assert "accepted: torch.float32, torch.bfloat16, torch.float16" in text
+    assert "lambda x: x @ x.mT" in text
+
+
+def test_unsupported_dtype_in_attention():
+    q = torch.randn(1, 2, 4, 8, dtype=torch.float64)
+    with pytest.raises(errors.UnsupportedDtype, match="float64"):
+        run(lambda q: F.scaled_dot_product_attention(q, q, q), q)
+
+
+def test_dropout_in_training_mode():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
+    with pytest.raises(errors.RandomOp) as caught:
+        run(model, X)
+    assert "draws random numbers by position in the batch" in str(caught.value)
+    assert "call model.eval()" in str(caught.value)
+    run(model.eval(), X)
+
+
+def test_dropout_in_attention():
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.raises(errors.RandomOp):
+        run(lambda q: F.scaled_dot_product_attention(q, q, q, dropout_p=0.5), q)
+
+
+def test_random_ops_are_let_through_by_an_option():
+    assert run(torch.rand_like, X, options={"random": "allow"}).shape == X.shape
+
+
+def test_batch_statistics():
+    with pytest.raises(errors.BatchStatistics, match="takes its statistics over the batch"):
+        run(nn.BatchNorm1d(8).train(), X)
+    run(nn.BatchNorm1d(8).eval(), X)
+
+
+def test_graph_break():
+    def model(x):
+        y = x + 1
+        print("between the graphs")
+        return y * 2
+
+    with pytest.raises(errors.GraphBreak) as caught:
+        run(model, X)
+    assert "does not fit in one graph" in str(caught.value)
+    assert 'print("between the graphs")' in str(caught.value)
+    torch._dynamo.reset()
+    torch.testing.assert_close(run(model, X, options={"graph_breaks": "allow"}), (X + 1) * 2)
+
+
+def test_recompile_limit(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
+    compiled = torch.compile(lambda x: x * 2, backend="batch_invariant", dynamic=False)
+    with pytest.raises(errors.RecompileLimit) as caught:
+        for size in range(2, 9):
+            compiled(torch.ones(size))
+    assert "more than 2 graphs" in str(caught.value)
+    assert "torch._dynamo.config.recompile_limit" in str(caught.value)
+
+
+def test_suppressed_errors(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", True)
+    from bicompile import capture
+    from bicompile.options import Options
+
+    graph = torch.fx.symbolic_trace(lambda x: x + 1)
+    with pytest.raises(errors.SuppressedErrors, match="a refused graph would run eagerly"):
+        capture.check(graph, [X], Options())
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"fuell": 1}, "unknown value 1 for option 'fuell'"),
+        ({"random": "yes"}, "accepted: error, allow"),
+        ({"disable": "fuze"}, "accepted: canonicalize, replace, fuse"),
+        ({"fuel": -1}, "a number of rewrites >= 0"),
+    ],
+)
+def test_unknown_option(options, text):
+    with pytest.raises(errors.UnknownOption) as caught:
+        run(torch.sin, X, options=options)
+    assert text in str(caught.value)
+
+
+def test_unknown_mode():
+    with pytest.raises((errors.UnknownOption, RuntimeError), match="mode"):
+        bicompile.compile(torch.sin, mode="fast")(X)
+
+
+def test_unsupported_device():
+    meta = torch.empty(4, 8, device="meta")
+    with pytest.raises(errors.UnsupportedDevice, match="device type 'meta'"):
+        run(lambda x: x @ x.mT, meta)
+
+
+def test_gradient_through_attention():
+    q = torch.randn(1, 2, 4, 8, requires_grad=True)
+
+    def attend(q):
+        return F.scaled_dot_product_attention(q, q, q).sum()
+
+    with pytest.raises(errors.UnsupportedGradient, match="no invariant backward kernel"):
+        torch.compile(attend, backend="batch_invariant")(q).backward()
+
+
+def test_unsafe_setting():
+    model = nn.Linear(8, 8)
+    model.config = type("Config", (), {"_attn_implementation": "flex_attention"})()
+    with pytest.raises(errors.UnsafeSetting) as caught:
+        bicompile.compile(model)
+    assert "attn_implementation is flex_attention" in str(caught.value)
+    assert 'load the model with attn_implementation="sdpa"' in str(caught.value)
+
+
+def test_padding_without_positions_is_warned_of():
+    @bicompile.compile
+    def model(x, attention_mask=None):
+        return x * attention_mask[..., None]
+
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    with pytest.warns(UserWarning, match="without position_ids"):
+        model(torch.randn(2, 3, 4), attention_mask=mask)
+
+
+TEXTS = {
+    errors.CompilerNotFound: ({"tried": ["g++", "clang++"]}, "tried: g++, clang++"),
+    errors.CompilationFailed: ({"command": "g++ x", "output": "boom"}, "command: g++ x\nboom"),
+    errors.ModelNotFound: ({"model": "x/y", "reason": "no such folder"}, "x/y: no such folder"),
+    errors.HashMismatch: ({"file": "m", "expected": "a", "actual": "b"}, "expected: sha256 a"),
+    errors.NetworkUnavailable: ({"model": "m", "output": "timed out"}, "cannot download m"),
+    errors.RegistrationError: ({"name": "mm", "reason": "taken"}, "cannot register mm: taken"),
+}
+
+
+@pytest.mark.parametrize("cls", TEXTS)
+def test_texts_of_errors_outside_a_graph(cls):
+    fields, text = TEXTS[cls]
+    error = cls(**fields)
+    assert text in str(error)
+    assert "next:" in str(error)
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error)
+
+
+def test_every_error_has_a_case():
+    source = open(__file__).read()
+    missing = [c.__name__ for c in errors.catalogue() if f"errors.{c.__name__}" not in source]
+    assert not missing
+
+
+def test_errors_state_the_next_step():
+    for cls in errors.catalogue():
+        assert cls.next and cls.__doc__

@@ -1,0 +1,261 @@
+"""Every pointwise function gives an element the same bits, whichever loop body computes it.
+
+All functions of the table run in one graph, compiled by the real Inductor path under
+`bicompile.inductor.overrides()`; each layout below reaches other loop bodies (vector, tail, scalar,
+strided, broadcast, masked, one and two threads).  A canary runs the same check without overrides.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._inductor.compile_fx import compile_fx_inner
+
+from bicompile import inductor
+from bicompile.errors import UnknownOption
+
+Function = Callable[[Tensor], Tensor]
+S = torch.special
+
+FUNCTIONS: dict[str, Function] = {
+    # exponentials and logarithms
+    "exp": torch.exp,
+    "exp2": torch.exp2,
+    "expm1": torch.expm1,
+    "log": lambda x: torch.log(x.abs()),
+    "log2": lambda x: torch.log2(x.abs()),
+    "log10": lambda x: torch.log10(x.abs()),
+    "log1p": lambda x: torch.log1p(x.abs()),
+    "log of negative": torch.log,
+    "logaddexp": lambda x: torch.logaddexp(x, x * 0.5),
+    "logit": lambda x: torch.logit(torch.sigmoid(x)),
+    "xlogy": lambda x: torch.xlogy(x, x.abs()),
+    "entr": S.entr,
+    # powers and roots
+    "pow 2.3": lambda x: x.abs() ** 2.3,
+    "pow 3": lambda x: x**3,
+    "pow x": lambda x: torch.pow(x.abs(), x),
+    "pow of scalar": lambda x: torch.pow(1.7, x),
+    "sqrt": lambda x: x.abs().sqrt(),
+    "rsqrt": lambda x: x.abs().rsqrt(),
+    "square": torch.square,
+    "reciprocal": torch.reciprocal,
+    "hypot": lambda x: torch.hypot(x, x + 1),
+    # circular and hyperbolic functions
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "tan": torch.tan,
+    "sinc": torch.sinc,
+    "asin": lambda x: torch.asin(x * 0.2),
+    "acos": lambda x: torch.acos(x * 0.2),
+    "atan": torch.atan,
+    "atan2": lambda x: torch.atan2(x, x * x + 0.1),
+    "sinh": torch.sinh,
+    "cosh": torch.cosh,
+    "tanh": torch.tanh,
+    "asinh": torch.asinh,
+    "acosh": lambda x: torch.acosh(x.abs() + 1),
+    "atanh": lambda x: torch.atanh(x * 0.2),
+    # activations
+    "sigmoid": torch.sigmoid,
+    "logsigmoid": F.logsigmoid,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "softplus": F.softplus,
+    "mish": F.mish,
+    "elu": F.elu,
+    "selu": F.selu,
+    "celu": F.celu,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.1),
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "hardtanh": F.hardtanh,
+    "threshold": lambda x: F.threshold(x, 0.1, 2.0),
+    "softsign": F.softsign,
+    "tanhshrink": F.tanhshrink,
+    "swiglu chain": lambda x: (F.silu(x) * x + x).tanh() * 0.5,
+    "rotary chain": lambda x: x * torch.cos(x) + (1 - x) * torch.sin(x),
+    # special functions
+    "erf": torch.erf,
+    "erfc": torch.erfc,
+    "erfcx": S.erfcx,
+    "erfinv": lambda x: torch.erfinv(torch.tanh(x)),
+    "ndtr": S.ndtr,
+    "ndtri": lambda x: S.ndtri(torch.sigmoid(x)),
+    "log_ndtr": S.log_ndtr,
+    "lgamma": torch.lgamma,
+    "digamma": torch.digamma,
+    "polygamma": lambda x: torch.polygamma(1, x),
+    "i0": torch.i0,
+    "i0e": S.i0e,
+    "i1": S.i1,
+    "i1e": S.i1e,
+    "bessel_j0": S.bessel_j0,
+    "bessel_j1": S.bessel_j1,
+    "bessel_y0": S.bessel_y0,
+    # arithmetic
+    "neg": torch.neg,
+    "abs": torch.abs,
+    "sign": torch.sign,
+    "sgn": torch.sgn,
+    "div": lambda x: x / 1.7,
+    "div of scalar": lambda x: 1.7 / x,
+    "multiply and add": lambda x: x * 1.3 + x * 0.7,
+    "addcmul": lambda x: torch.addcmul(x, x, x, value=0.3),
+    "addcdiv": lambda x: torch.addcdiv(x, x, x.abs() + 1, value=0.3),
+    "lerp": lambda x: torch.lerp(x, x * 2.1, 0.3),
+    "remainder": lambda x: torch.remainder(x, 0.7),
+    "remainder of scalar": lambda x: torch.remainder(torch.full_like(x, 5.3), x),
+    "fmod": lambda x: torch.fmod(x, 0.7),
+    "floor_divide": lambda x: torch.floor_divide(x, 0.7),
+    "div trunc": lambda x: torch.div(x, 0.7, rounding_mode="trunc"),
+    "copysign": lambda x: torch.copysign(x, x - 1),
+    "nextafter": lambda x: torch.nextafter(x, x * 2),
+    "ldexp": lambda x: torch.ldexp(x, x.new_full((), 3)),
+    "frexp mantissa": lambda x: torch.frexp(x)[0],
+    # rounding and comparison
+    "floor": torch.floor,
+    "ceil": torch.ceil,
+    "round": torch.round,
+    "round to decimals": lambda x: torch.round(x, decimals=2),
+    "trunc": torch.trunc,
+    "frac": torch.frac,
+    "clamp": lambda x: x.clamp(-1, 1),
+    "maximum": lambda x: torch.maximum(x, -x * 2),
+    "minimum": lambda x: torch.minimum(x, -x * 2),
+    "maximum of zeros": lambda x: torch.maximum(x, -x * 0),
+    "minimum of zeros": lambda x: torch.minimum(x, -x * 0),
+    "fmax": lambda x: torch.fmax(x, 0.3 * x),
+    "fmin": lambda x: torch.fmin(x, 0.3 * x),
+    "where": lambda x: torch.where(x > 0, x * 2, x + 1),
+    "masked_fill": lambda x: x.masked_fill(x > 1, -1e4),
+    "nan_to_num": torch.nan_to_num,
+    "heaviside": lambda x: torch.heaviside(x, x * 0 + 0.5),
+    # conversions
+    "bfloat16 and back": lambda x: x.to(torch.bfloat16).float(),
+    "float16 and back": lambda x: x.to(torch.float16).float(),
+    "float64 and back": lambda x: (x.double() * 1.1).float(),
+    "to int64": lambda x: x.to(torch.int64),
+    "to int32": lambda x: x.to(torch.int32),
+    "to int8": lambda x: x.to(torch.int8),
+    "to uint8": lambda x: x.to(torch.uint8),
+    "to bool": lambda x: x.to(torch.bool),
+    "isnan": torch.isnan,
+    "signbit": torch.signbit,
+    "bits": lambda x: (x.float().view(torch.int32) & 0xFF).float(),
+}
+
+SIZES = (1, 2, 3, 7, 8, 15, 16, 17, 33, 64, 70, 127, 130, 1000, 4097)
+SPECIAL = (
+    *(0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-40, -1e-40, 1.17e-38),
+    *(1.0, -1.0, 0.5, 1e-5, 88.0, -88.0, 90.0, -104.0, 1e30, -1e30, 5e4, 1e6),
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def base_row(n: int, dtype: torch.dtype) -> Tensor:
+    """Values of all magnitudes, the special ones spread among them."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, generator=generator) * torch.randn(n, generator=generator).mul(1.5).exp()
+    x[::7] *= 0.01
+    at = torch.arange(len(SPECIAL)) * 3 + 1
+    x[at] = torch.tensor(SPECIAL)
+    return x.to(dtype)
+
+
+def bits(t: Tensor) -> Tensor:
+    """The bits of every element, all NaNs alike."""
+    if not t.is_floating_point():
+        return t.to(torch.int64)
+    integer = {2: torch.int16, 4: torch.int32}[t.element_size()]
+    return t.contiguous().view(integer).to(torch.int64).masked_fill(t.isnan(), -1)
+
+
+def plain_inner(gm, example_inputs, **kwargs):
+    """What the canary compiles with: Inductor without our overrides."""
+    return compile_fx_inner(gm, example_inputs, **kwargs)
+
+
+class Sweep:
+    """Runs functions in many layouts and records which of them gave an element other bits."""
+
+    def __init__(self, names: Sequence[str], dtype: torch.dtype, inner=inductor.compile_inner):
+        self.names, self.inner = list(names), inner
+        self.row = base_row(4097, dtype)
+        self.found: dict[str, list[str]] = {}
+        self.reference: list[Tensor] = []
+
+    def compile(self, layout: Callable[[Function, Tensor], Tensor], dynamic: bool = False):
+        """A new graph of all functions, each applied as `layout` says."""
+        torch._dynamo.reset()
+        functions = [FUNCTIONS[name] for name in self.names]
+
+        def backend(gm, example_inputs, **kwargs):
+            stamp = self.inner.__name__
+            return inductor.compile_graph(gm, example_inputs, inner=self.inner, stamp=stamp)
+
+        def model(x):
+            return tuple(layout(f, x) for f in functions)
+
+        return torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)
+
+    def check(self, label: str, outputs: Sequence[Tensor], at: Tensor) -> None:
+        """Element i of each output must have the bits of element at[i] of the reference."""
+        for name, out, want in zip(self.names, outputs, self.reference, strict=True):
+            if not torch.equal(bits(out).reshape(-1), want[at.reshape(-1)]):
+                self.found.setdefault(name, []).append(label)
+
+    def dynamic(self, sizes: Sequence[int] = SIZES) -> None:
+        """One dynamic graph: sizes, offsets, neighbours, unaligned views, two threads."""
+        x = self.row
+        run = self.compile(lambda f, x: f(x), dynamic=True)
+        self.reference = [bits(out) for out in run(x)]
+        for n in sizes:
+            self.check(f"size {n}", run(x[:n].clone()), torch.arange(n))
+        for start in (1, 3, 5, 8):
+            at = torch.arange(start, start + 100)
+            self.check(f"moved by {start}", run(x[at]), at)
+            self.check(f"unaligned by {start}", run(x[start : start + 100]), at)
+        for value in (float("nan"), float("inf"), 1e6, -1e30, 1e-40):
+            crowd = x.clone()
+            crowd[1::2] = value
+            self.check(f"beside {value}", [out[::2] for out in run(crowd)], torch.arange(4097)[::2])
+        at = torch.arange(4097).repeat(40)
+        self.check("long", run(x[at]), at)
+
+    def static(self, n: int) -> None:
+        self.check(f"static {n}", self.compile(lambda f, x: f(x))(self.row[:n]), torch.arange(n))
+
+    def strided(self, n: int = 1000) -> None:
+        x = torch.stack([self.row[:n], self.row[1 : n + 1]], 1)[:, 0]
+        self.check("stride 2", self.compile(lambda f, x: f(x))(x), torch.arange(n))
+
+    def transposed(self) -> None:
+        x, at = self.row[:1000].view(25, 40).t(), torch.arange(1000).view(25, 40).t()
+        self.check("transposed", self.compile(lambda f, x: f(x).contiguous())(x), at)
+
+    def broadcast(self, dim: int) -> None:
+        at = torch.arange(64).unsqueeze(dim).expand(*((33, 64) if dim == 0 else (64, 33)))
+        run = self.compile(lambda f, x: f(x.unsqueeze(dim)).expand(at.shape).clone())
+        self.check(f"broadcast over dim {dim}", run(self.row[:64]), at)
+
+    def masked(self, n: int = 130) -> None:
+        run = self.compile(lambda f, x: F.pad(f(x), (3, 2)))
+        self.check("padded", [out[3:-2] for out in run(self.row[:n])], torch.arange(n))
+
+
+@pytest.fixture(autouse=True)
+def _settings() -> Iterator[None]:
+    """Compile anew, and leave the number of threads as it was."""
+    threads = torch.get_num_threads()
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        yield
+    torch.set_num_threads(threads)

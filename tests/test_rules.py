@@ -1,0 +1,261 @@
+"""Every rule fires once on a graph of its own op, keeps shapes and values, and leaves nothing over."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch._dynamo.backends.common import aot_autograd
+
+from bicompile import capture, native, registry
+from bicompile.options import Options
+from bicompile.passes.rules import RULES
+from bicompile.pipeline import Run, run_pipeline
+from bicompile.report import Report
+
+registry.load_all()
+aten = torch.ops.aten
+ours = torch.ops.bicompile
+
+
+def x(*shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def rewrite(function, *args, **options):
+    """The graph after our passes, the report, and the results of graph and function."""
+    native.load()
+    graphs, report = [], Report("test")
+
+    def compiler(gm, inputs):
+        run = Run(Options.parse(options), report)
+        run_pipeline(gm, run)
+        before = str(gm.graph)
+        run_pipeline(gm, Run(Options.parse(options), Report("again")))
+        assert str(gm.graph) == before, "the pipeline is not idempotent"
+        graphs.append(gm)
+        return gm.forward
+
+    def backend(gm, inputs):
+        with capture.error_boundary(), capture.attention_whole():
+            return aot_autograd(
+                fw_compiler=compiler,
+                inference_compiler=compiler,
+                decompositions=capture.decomposition_table(),
+            )(gm, inputs)
+
+    with torch.no_grad():
+        result = torch.compile(function, backend=backend, fullgraph=True)(*args)
+        return graphs[0], report, result, function(*args)
+
+
+def count(gm, op):
+    return len(gm.graph.find_nodes(op="call_function", target=op))
+
+
+V, M, N, B = x(8), x(5, 8), x(8, 6), x(3, 5, 8)
+RULE_CASES = {
+    aten.mm.default: (torch.mm, M, N),
+    aten.bmm.default: (torch.bmm, B, B.mT),
+    aten.addmm.default: (lambda a, b: torch.addmm(x(6), a, b, beta=0.5, alpha=2), M, N),
+    aten.baddbmm.default: (lambda a: torch.baddbmm(x(3, 5, 5), a, a.mT, beta=0.5, alpha=2), B),
+    aten.mv.default: (torch.mv, M, V),
+    aten.dot.default: (torch.dot, V, V),
+    aten.vdot.default: (torch.vdot, V, V),
+    aten.addmv.default: (lambda a, b: torch.addmv(x(5), a, b, beta=2, alpha=3), M, V),
+    aten.addbmm.default: (lambda a: torch.addbmm(x(5, 5), a, a.mT, beta=2, alpha=3), B),
+    aten.sum.default: (torch.sum, B),
+    aten.sum.dim_IntList: (lambda t: t.sum((0, -1), keepdim=True), B),
+    aten.mean.default: (torch.mean, B),
+    aten.mean.dim: (lambda t: t.mean(1), B),
+    aten.prod.default: (torch.prod, V),
+    aten.prod.dim_int: (lambda t: t.prod(1), B),
+    aten.var.correction: (lambda t: t.var(-1, correction=0), B),
+    aten.std.correction: (torch.std, B),
+    aten.var_mean.correction: (lambda t: torch.var_mean(t, 0), B),
+    aten.logsumexp.default: (lambda t: t.logsumexp((0, 1)), B),
+    aten.linalg_vector_norm.default: (lambda t: torch.linalg.vector_norm(t, 3, 1), B),
+    aten.norm.Scalar: (lambda t: aten.norm.Scalar(t, 2), B),
+    aten.norm.ScalarOpt_dim: (lambda t: aten.norm.ScalarOpt_dim(t, 1, [1]), B),
+    aten.norm.ScalarOpt_dim_dtype: (
+        lambda t: aten.norm.ScalarOpt_dim_dtype(t, 2, [1], dtype=torch.float32),
+        B,
+    ),
+    aten._softmax.default: (lambda t: F.softmax(t, 1), B),
+    aten._log_softmax.default: (lambda t: F.log_softmax(t, -1), B),
+    aten.native_layer_norm.default: (nn.LayerNorm((5, 8)), B),
+    aten.native_group_norm.default: (nn.GroupNorm(2, 8), x(3, 8, 5)),
+    aten._fused_rms_norm.default: (
+        lambda t: torch.ops.aten._fused_rms_norm(t, [8], torch.ones(8), 1e-5)[0],
+        B,
+    ),
+    aten._native_batch_norm_legit.no_stats: (nn.InstanceNorm1d(8, affine=True), x(3, 8, 5)),
+}
+REFUSED = {
+    aten._native_batch_norm_legit.default,
+    aten._native_batch_norm_legit_functional.default,
+    aten.native_batch_norm.default,
+}
+
+
+@pytest.mark.parametrize("target", RULES, ids=str)
+def test_rule(target):
+    if target in REFUSED:
+        return
+    function, *args = RULE_CASES[target]
+    gm, report, result, expected = rewrite(function, *args)
+    became = [d for d in report.decisions if d.became == str(RULES[target].kernel.op)]
+    assert len(became) == 1, report.decisions
+    assert count(gm, RULES[target].kernel.op) == 1
+    flat, flat_expected = (r if isinstance(r, tuple) else (r,) for r in (result, expected))
+    for a, e in zip(flat, flat_expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_every_rule_has_a_case():
+    assert set(RULE_CASES) | REFUSED == set(RULES)
+
+
+def test_integer_sums_stay():
+    gm, report, result, expected = rewrite(lambda t: (t > 0).sum(1), B)
+    assert torch.equal(result, expected)
+    assert count(gm, ours.sum.default) == 0
+    assert "integers: exact in every order" in {d.reason for d in report.decisions}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sum_with_a_dtype(dtype):
+    for wanted in (torch.float32, torch.bfloat16):
+        _, _, result, expected = rewrite(lambda t: t.sum(1, dtype=wanted), x(5, 80, dtype=dtype))
+        torch.testing.assert_close(result, expected)
+
+
+def test_mixed_dtypes_in_layer_norm():
+    norm = nn.LayerNorm(8)
+    _, _, result, expected = rewrite(lambda t: norm(t), x(5, 8, dtype=torch.bfloat16))
+    torch.testing.assert_close(result, expected)
+
+
+# --------------------------------------------------------------------------- hand-written RMSNorm
+
+WEIGHT = x(64) * 0.5 + 1
+
+
+def llama(t, w):
+    h = t.to(torch.float32)
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return w * h.to(t.dtype)
+
+
+def t5(t, w):
+    variance = t.to(torch.float32).pow(2).mean(-1, keepdim=True)
+    h = t * torch.rsqrt(variance + 1e-6)
+    return w * h.to(w.dtype)
+
+
+def gemma(t, w):
+    h = t.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return (h * (1.0 + w.float())).type_as(t)
+
+
+def olmo(t, w):
+    h = t.to(torch.float32)
+    h = h * torch.rsqrt((h * h).mean(-1, keepdim=True) + 1e-6)
+    return (w.float() * h).to(t.dtype)
+
+
+def without_weight(t, w):
+    h = t.float()
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(t.dtype)
+
+
+def module(t, w):
+    return F.rms_norm(t, (64,), w, 1e-6)
+
+
+def offset_after_rounding(t, w):
+    h = t.float()
+    h = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(t.dtype)
+    return h * (w + 1)
+
+
+CHAINS = (llama, t5, gemma, olmo, without_weight, module, offset_after_rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("chain", CHAINS)
+def test_rms_norm_is_fused_and_changes_no_bit(chain, dtype):
+    t, w = x(33, 64, dtype=dtype), WEIGHT.to(dtype)
+    gm, _, _, _ = rewrite(chain, t, w)
+    assert count(gm, ours.rms_norm.default) == 1
+    assert count(gm, ours.mean.default) == 0
+    for backend_options in ({}, {"disable": "fuse"}):
+        torch._dynamo.reset()
+        compiled = torch.compile(chain, backend="batch_invariant", options=backend_options)
+        result = compiled(t, w)
+        if backend_options:
+            assert torch.equal(result, fused)
+        fused = result
+
+
+def test_a_chain_whose_middle_is_used_is_not_fused():
+    def shared(t, w):
+        variance = t.pow(2).mean(-1, keepdim=True)
+        return t * torch.rsqrt(variance + 1e-6) * w, variance
+
+    gm, _, result, expected = rewrite(shared, x(3, 64), WEIGHT)
+    assert count(gm, ours.rms_norm.default) == 0
+    torch.testing.assert_close(result, expected)
+
+
+# ------------------------------------------------------------------------------------ repeat_kv
+
+
+def test_repeat_kv_is_undone():
+    def attend(q, k, v):
+        b, g, s, d = k.shape
+        k, v = (t[:, :, None].expand(b, g, 2, s, d).reshape(b, 2 * g, s, d) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    gm, report, result, expected = rewrite(attend, x(2, 4, 6, 8), x(2, 2, 6, 8), x(2, 2, 6, 8))
+    assert count(gm, aten.clone.default) == 0
+    assert count(gm, aten.expand.default) == 0
+    torch.testing.assert_close(result, expected)
+
+
+def test_an_interleaved_repeat_is_left_alone():
+    def attend(q, k, v):
+        b, g, s, d = k.shape
+        k, v = (t[:, None].expand(b, 2, g, s, d).reshape(b, 2 * g, s, d) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v)
+
+    _, _, result, expected = rewrite(attend, x(2, 4, 6, 8), x(2, 2, 6, 8), x(2, 2, 6, 8))
+    torch.testing.assert_close(result, expected)
+
+
+# ------------------------------------------------------------------------------------ the runner
+
+
+def test_fuel_bounds_the_rewrites():
+    def three(t):
+        return t.softmax(1).sum(1), t.mean(1)
+
+    for fuel in range(4):
+        _, report, _, _ = rewrite(three, M, fuel=fuel, unsupported="allow")
+        assert len([d for d in report.decisions if d.became]) == fuel
+
+
+def test_a_pass_can_be_left_out():
+    gm, _, _, _ = rewrite(llama, x(3, 64, dtype=torch.bfloat16), WEIGHT.bfloat16(), disable="fuse")
+    assert count(gm, ours.mean.default) == 1
+
+
+def test_every_node_has_a_decision():
+    gm, report, _, _ = rewrite(lambda t: F.gelu(t @ N).softmax(-1), M)
+    decided = {d.node for d in report.decisions}
+    calls = {n.name for n in gm.graph.nodes if n.op == "call_function"}
+    left = {n for n in calls - decided if not n.startswith(tuple(k for k in registry.KERNELS))}
+    assert not left
+    assert all(d.line and "test_rules.py" in d.line for d in report.decisions if d.became)
