@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from bicompile import capture, inductor, native, registry
+from bicompile import capture, inductor, native
 from bicompile.options import Options
 from bicompile.pipeline import Run, run_pipeline
 from bicompile.report import REPORTS, Report, digest
 
-registry.load_all()
+
 capture.configure()
 
 

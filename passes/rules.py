@@ -18,8 +18,9 @@ from torch.fx import Node
 
 from bicompile.errors import BatchStatistics
 from bicompile.graph import Emit, describe_call, user_line, value
-from bicompile.registry import KERNELS, Kernel
+from bicompile.registry import Kernel, load_all
 
+KERNELS = load_all()
 aten = torch.ops.aten
 prims = torch.ops.prims
 

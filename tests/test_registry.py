@@ -78,3 +78,9 @@ def test_registration_is_refused():
     )
     with pytest.raises(RegistrationError, match="import it as"):
         registry.register(other)
+
+
+def test_docs_of_the_ops_are_current():
+    from bicompile import docs
+
+    assert docs.render() == (ROOT / "docs" / "ops.md").read_text(), "run python -m bicompile.docs"

@@ -201,7 +201,7 @@ Tensor sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
   const int64_t B = query.size(0), H = query.size(1), Q = query.size(2), Dv = value.size(3);
   STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() &&
                   value.scalar_type() == query.scalar_type(), "sdpa: dtypes differ");
-  Tensor out = new_empty(query, {B, Q, H, Dv});
+  Tensor out = empty(query, {B, Q, H, Dv});
   Tensor view = torch::stable::transpose(out, 1, 2);
   if (out.numel() == 0) return view;
   STD_TORCH_CHECK(key.size(1) > 0 && H % key.size(1) == 0, "sdpa: heads do not fit");

@@ -15,6 +15,7 @@ from bicompile.kernels.attention.tiles import attend_chunk, merge, merge_run
 from bicompile.kernels.common.trees import LOG2E, OPTIONS, strides
 
 CHUNK = 512  # pinned: keys of a chunk
+FAR = 1 << 22  # strides of keys and columns stay below this
 TILE = {2: 64, 4: 32}  # pinned: keys of a tile, by bytes per element
 
 
@@ -165,6 +166,11 @@ def merge_kernel(
     tl.store(OUT + i[:, None] + e[None, :], finish(lt, at, OUT), mask=inside)
 
 
+def _near(x: torch.Tensor) -> torch.Tensor:
+    """x, copied if an offset inside one of its tiles could leave 32 bits."""
+    return x if max(x.stride()[2:]) < FAR else x.contiguous()
+
+
 def _mode(attn_mask, is_causal):
     return "mask" if attn_mask is not None else "causal" if is_causal else "all"
 
@@ -183,6 +189,7 @@ def sdpa(query, key, value, attn_mask, is_causal, scale, chosen=None, split=None
     g = h // hkv
     rows, tile = q_len * g, TILE[query.element_size()]
     use = chosen or schedule(query.element_size(), max(dp, dvp), rows)
+    query, key, value = _near(query), _near(key), _near(value)
     tiles, chunks = triton.cdiv(rows, use.rows), triton.cdiv(s, CHUNK)
     if split is None:
         split = splits(tiles * b * hkv, chunks, b * hkv * rows * chunks * dv * 4)

@@ -53,6 +53,8 @@ def ranges(mask: torch.Tensor, b: int, h: int, q: int, s: int):
     mask = mask[(None,) * (4 - mask.ndim)]
     if mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
+    if mask.stride(3) >= 1 << 22:  # an offset inside a tile stays in 32 bits
+        mask = mask.contiguous()
     mb, mh, mq, _ = mask.shape
     rows = mh * mq
     per, columns = (1, 2048) if rows * mb <= 256 else (16, 256)

@@ -33,18 +33,24 @@ def _weigh(s, m, lanes, acc, R: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def _load(X, key, there, stride, column_stride, D: tl.constexpr, DP: tl.constexpr):
-    """Rows `key` of K or V, [T, DP]; 0 where there is nothing to see."""
+def _load(
+    X, key0, there, stride, column_stride, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr
+):
+    """Rows key0 .. of K or V, [T, DP]; 0 where there is nothing to see."""
     d = tl.arange(0, DP)
-    at = key.to(tl.int64)[:, None] * stride + d[None, :] * column_stride
+    at = tl.arange(0, T)[:, None] * stride + d[None, :] * column_stride
+    X += key0.to(tl.int64) * stride
     return tl.load(X + at, mask=there[:, None] & (d[None, :] < D), other=0.0)
 
 
 @triton.jit
-def _load_full(X, key, stride, column_stride, D: tl.constexpr, DP: tl.constexpr):
+def _load_full(
+    X, key0, stride, column_stride, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr
+):
     """The same for a tile that is seen whole."""
     d = tl.arange(0, DP)
-    at = key.to(tl.int64)[:, None] * stride + d[None, :] * column_stride
+    at = tl.arange(0, T)[:, None] * stride + d[None, :] * column_stride
+    X += key0.to(tl.int64) * stride
     if D == DP:
         x = tl.load(X + at)
     else:
@@ -54,18 +60,17 @@ def _load_full(X, key, stride, column_stride, D: tl.constexpr, DP: tl.constexpr)
 
 @triton.jit
 def _sliced_scores(
-    q, sqd, K, key, there, sks, skd, D: tl.constexpr, R: tl.constexpr, T: tl.constexpr
+    q, sqd, K, key0, there, sks, skd, D: tl.constexpr, R: tl.constexpr, T: tl.constexpr
 ):
     """q @ k.T in fp32, the head in slices: the same chain as a whole dot, in fewer registers."""
     s = tl.zeros([R, T], tl.float32)
     d = tl.arange(0, SLICE)
+    k = K + key0.to(tl.int64) * sks + tl.arange(0, T)[:, None] * sks
     for d0 in range(0, D, SLICE):
-        inside = d0 + d < D
-        at = (d0 + d).to(tl.int64)
-        x = tl.load(q[:, None] + at[None, :] * sqd, mask=inside[None, :], other=0.0)
-        k = key.to(tl.int64)[:, None] * sks + at[None, :] * skd
-        k = tl.load(K + k, mask=there[:, None] & inside[None, :], other=0.0)
-        s = tl.dot(x, k.T, s, input_precision="ieee")
+        inside = (d0 + d < D)[None, :]
+        x = tl.load(q[:, None] + (d0 + d)[None, :] * sqd, mask=inside, other=0.0)
+        y = tl.load(k + (d0 + d)[None, :] * skd, mask=there[:, None] & inside, other=0.0)
+        s = tl.dot(x, y.T, s, input_precision="ieee")
     return s
 
 
@@ -95,12 +100,15 @@ def _special(p, vis, v):
 
 @triton.jit
 def _visible(
-    s, key, first, last, plain, MASK, sms, MASKED: tl.constexpr, BIAS: tl.constexpr
-):
+    s, key0, first, last, plain, MASK, sms,
+    T: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
     """Logits with the mask applied (unseen: -inf), and what each row sees."""
+    j = tl.arange(0, T)
+    key = key0 + j
     vis = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
     if MASKED:  # no branch: where the range says it all, nothing is loaded
-        at = MASK[:, None] + key.to(tl.int64)[None, :] * sms
+        at = (MASK + key0.to(tl.int64) * sms)[:, None] + j[None, :] * sms
         x = tl.load(at, mask=vis & (plain == 0), other=0)
         if BIAS:
             x = x.to(tl.float32)
@@ -127,29 +135,29 @@ def attend_chunk(
     lanes = tl.zeros([R, LANES], tl.float32)
     acc = tl.zeros([R, DVP], tl.float32)
     for t in tl.range(lo, mid, num_stages=STAGES):
-        key = anchor + t * T + tl.arange(0, T)
+        key0 = anchor + t * T
         if SLICED:
-            s = _sliced_scores(q, sqd, K, key, key >= 0, sks, skd, D, R, T)
+            s = _sliced_scores(q, sqd, K, key0, tl.full([T], 1, tl.int1), sks, skd, D, R, T)
         else:
-            s = tl.dot(q, _load_full(K, key, sks, skd, D, DP).T)
-        v = _load_full(V, key, svs, svd, DV, DVP)
+            s = tl.dot(q, _load_full(K, key0, sks, skd, D, DP, T).T)
+        v = _load_full(V, key0, svs, svd, DV, DVP, T)
         p, m, lanes, acc = _weigh(s * scale, m, lanes, acc, R, T)
         acc = _add_values(p, v, acc)
     for t in tl.range(mid, hi, num_stages=1):
-        key = anchor + t * T + tl.arange(0, T)
-        there = (key >= low) & (key <= top)
+        key0 = anchor + t * T
+        there = (key0 + tl.arange(0, T) >= low) & (key0 + tl.arange(0, T) <= top)
         if SLICED:
-            s = _sliced_scores(q, sqd, K, key, there, sks, skd, D, R, T)
+            s = _sliced_scores(q, sqd, K, key0, there, sks, skd, D, R, T)
         else:
-            s = tl.dot(q, _load(K, key, there, sks, skd, D, DP).T)
-        s, vis = _visible(s * scale, key, first, last, plain, MASK, sms, MASKED, BIAS)
+            s = tl.dot(q, _load(K, key0, there, sks, skd, D, DP, T).T)
+        s, vis = _visible(s * scale, key0, first, last, plain, MASK, sms, T, MASKED, BIAS)
         p, m, lanes, acc = _weigh(s, m, lanes, acc, R, T)
-        v = _load(V, key, there, svs, svd, DV, DVP)
+        v = _load(V, key0, there, svs, svd, DV, DVP, T)
         bad = (v - v) != 0.0
         # the value of a key that a row does not see must add nothing, not even NaN
         acc = _add_values(p, tl.where(bad, 0.0, v).to(v.dtype), acc)
         if tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0:
-            acc = acc + _special(p, vis, _load(V, key, there, svs, svd, DV, DVP))
+            acc = acc + _special(p, vis, _load(V, key0, there, svs, svd, DV, DVP, T))
     return m, pair_tree(lanes, R, LANES), acc
 
 

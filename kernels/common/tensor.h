@@ -51,11 +51,11 @@ inline Sizes sizes(const Tensor& t) {
   const auto s = t.sizes();
   return Sizes(s.begin(), s.end());
 }
-inline Tensor new_empty(const Tensor& like, const Sizes& size, ScalarType type) {
+inline Tensor empty(const Tensor& like, const Sizes& size, ScalarType type) {
   return torch::stable::new_empty(like, {size.data(), size.size()}, type);
 }
-inline Tensor new_empty(const Tensor& like, const Sizes& size) {
-  return new_empty(like, size, like.scalar_type());
+inline Tensor empty(const Tensor& like, const Sizes& size) {
+  return empty(like, size, like.scalar_type());
 }
 
 // Runs f(begin, end) over [0, n) on torch's threads; `work` is the cost of one item in operations.

@@ -158,7 +158,7 @@ Tensor product(const Tensor& left_, const Tensor& right_, const Bias& bias) {
   STD_TORCH_CHECK(left_.scalar_type() == right_.scalar_type(), "matmul: dtypes differ");
   Sizes shape = sizes(left_);
   shape[d + 1] = right_.size(d + 1);
-  Tensor c = new_empty(left_, shape);
+  Tensor c = empty(left_, shape);
   if (c.numel() == 0) return c;
   const Operand a = left(left_), b = right(right_);
   dispatch(left_.scalar_type(), [&](auto t) {

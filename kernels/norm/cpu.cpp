@@ -84,9 +84,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input, int64_t ndim,
                                               std::optional<Tensor> bias, double eps) {
   const Split split = split_last(input, ndim, true);
   const Floats w(weight), b(bias);
-  Tensor out = new_empty(input, sizes(input));
-  Tensor mean = new_empty(input, split.shape, ScalarType::Float);
-  Tensor rstd = new_empty(input, split.shape, ScalarType::Float);
+  Tensor out = empty(input, sizes(input));
+  Tensor mean = empty(input, split.shape, ScalarType::Float);
+  Tensor rstd = empty(input, split.shape, ScalarType::Float);
   float *means = mutable_data<float>(mean), *rstds = mutable_data<float>(rstd);
   const int64_t K = split.reduced.numel();
   dispatch(input.scalar_type(), [&](auto t) {
@@ -129,7 +129,7 @@ Tensor rms_norm(const Tensor& input, int64_t ndim, std::optional<Tensor> weight,
                 double offset, bool round_first) {
   const Split split = split_last(input, ndim, true);
   const Floats w(weight);
-  Tensor out = new_empty(input, sizes(input));
+  Tensor out = empty(input, sizes(input));
   const int64_t K = split.reduced.numel();
   dispatch(input.scalar_type(), [&](auto t) {
     using T = decltype(t);
@@ -151,9 +151,9 @@ std::tuple<Tensor, Tensor, Tensor> group_norm(const Tensor& input_, std::optiona
   const Tensor input = torch::stable::contiguous(input_);
   const Floats w(weight), b(bias);
   const int64_t N = input.size(0), C = input.size(1), D = C / groups;
-  Tensor out = new_empty(input, sizes(input));
-  Tensor mean = new_empty(input, {N, groups}, ScalarType::Float);
-  Tensor rstd = new_empty(input, {N, groups}, ScalarType::Float);
+  Tensor out = empty(input, sizes(input));
+  Tensor mean = empty(input, {N, groups}, ScalarType::Float);
+  Tensor rstd = empty(input, {N, groups}, ScalarType::Float);
   float *means = mutable_data<float>(mean), *rstds = mutable_data<float>(rstd);
   int64_t S = 1;
   for (int64_t d = 2; d < input.dim(); d++) S *= input.size(d);

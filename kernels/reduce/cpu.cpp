@@ -179,7 +179,7 @@ void for_each_output(const Tensor& self, const Split& split, const F& f) {
 template <class F>
 Tensor reduce(const Tensor& self, const Sizes& dim, bool keepdim, ScalarType type, const F& f) {
   const Split split(self, dim, keepdim);
-  Tensor out = new_empty(self, split.shape, type);
+  Tensor out = empty(self, split.shape, type);
   void* p = out.mutable_data_ptr();
   for_each_output(self, split, [&](const auto& x, int64_t K, int64_t i, int64_t n) {
     store_as(type, p, i, f(x, K), n);
@@ -214,7 +214,7 @@ Tensor std_(const Tensor& self, Sizes dim, double correction, bool keepdim) {
 std::tuple<Tensor, Tensor> var_mean(const Tensor& self, Sizes dim, double correction, bool keepdim) {
   const Split split(self, dim, keepdim);
   const ScalarType type = self.scalar_type();
-  Tensor vars = new_empty(self, split.shape), means = new_empty(self, split.shape);
+  Tensor vars = empty(self, split.shape), means = empty(self, split.shape);
   void *v = vars.mutable_data_ptr(), *m = means.mutable_data_ptr();
   for_each_output(self, split, [&](const auto& x, int64_t K, int64_t i, int64_t n) {
     f32x16 mean;

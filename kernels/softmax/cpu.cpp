@@ -84,7 +84,7 @@ void all_rows(const Tensor& self, int64_t dim, Out* out) {
 
 template <bool kLog>
 Tensor over_axis(const Tensor& self, int64_t dim, ScalarType type) {
-  Tensor out = new_empty(self, sizes(self), type);
+  Tensor out = empty(self, sizes(self), type);
   if (self.numel() == 0) return out;
   dispatch(self.scalar_type(), [&](auto t) {
     using T = decltype(t);

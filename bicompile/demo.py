@@ -1,0 +1,403 @@
+"""Ask a real model one question at several batch sizes and count its different answers."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bicompile.errors import UnsafeSetting
+
+QUESTION = "Tell me about Richard Feynman"
+OTHERS = (
+    "Write a short story about a lighthouse keeper who finds a message in a bottle, and end it "
+    "with a question that the keeper asks the sea.",
+    "What is the capital of Peru?",
+    "Hi!",
+    "Explain how a bicycle stays upright while it moves.",
+    "List three uses of baking soda in the kitchen, and one in the garden.",
+    "Translate 'good morning' into French.",
+    "Why is the sky blue?",
+    "Give me a recipe for pancakes with oat milk.",
+)
+TITLES = {
+    "eager": "plain PyTorch",
+    "inductor": "torch.compile (default)",
+    "bicompile": "torch.compile (batch_invariant)",
+}
+_LARGEST_MIXED_BATCH = 32
+_WORDS_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that are answered together; `asked` are the rows that hold the question."""
+
+    prompts: tuple[str, ...]
+    asked: tuple[int, ...]
+
+
+@dataclass
+class Answer:
+    """What the question's row got in one batch."""
+
+    batch_size: int
+    position: int
+    tokens: list[int]
+    text: str
+
+
+@dataclass
+class Result:
+    """What one system did over all batches."""
+
+    system: str
+    answers: list[Answer] = field(default_factory=list)
+    completions: list[Answer] = field(default_factory=list)
+    seconds: float = 0.0
+    decoded: int = 0
+    decode_seconds: float = 0.0
+
+    @property
+    def unique(self) -> int:
+        """Number of different answers over the batch sizes."""
+        return len({tuple(a.tokens) for a in self.answers})
+
+    @property
+    def unique_completions(self) -> int:
+        """Number of different answers over all completions."""
+        return len({tuple(a.tokens) for a in self.completions})
+
+    @property
+    def first_difference(self) -> int | None:
+        """The first token, counted from 1, at which any two answers differ."""
+        rows = [a.tokens for a in self.answers + self.completions]
+        first = rows[0] if rows else []
+        differs = [_common(first, row) for row in rows if row != first]
+        return min(differs) + 1 if differs else None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of decoding over all rows, without compilation."""
+        return self.decoded / self.decode_seconds if self.decode_seconds else float("nan")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    add = parser.add_argument
+    add("--model", metavar="ID_OR_FOLDER", help="instead of SmolLM2-135M-Instruct")
+    add("--batch-sizes", type=_sizes, default=(1, 2, 3, 5, 8), metavar="1,2,3,5,8")
+    add("--prompts", type=Path, metavar="FILE", help="the other prompts, one per line")
+    add("--max-new-tokens", type=_positive, default=60, metavar="60")
+    add("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--compare", choices=("inductor",), help="run default torch.compile as well")
+    add(
+        "--completions",
+        type=_positive,
+        metavar="N",
+        help=f"also N completions of the question in random batches of 1 to {_LARGEST_MIXED_BATCH}",
+    )
+    add("--json", type=Path, metavar="FILE", help="write everything that was seen")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo; the exit status is 0 only if bicompile gave one answer."""
+    import torch
+
+    from bicompile import models
+    from bicompile.machine import machine, title
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UnsafeSetting(
+            setting="--device",
+            value="cuda",
+            reason="PyTorch sees no GPU here",
+            accepted=["cpu"],
+            todo="leave the option out, or install a CUDA build of torch and a driver",
+        )
+    console, progress_console = Console(), Console(file=sys.stderr)
+    batches = make_batches(_read_prompts(args.prompts), args.batch_sizes)
+    mixed = mixed_batches(_read_prompts(args.prompts), args.completions or 0)
+    found = machine(args.device)
+    console.print(f"[dim]{escape(title(found))}[/]")
+    dtype = getattr(torch, args.dtype)
+    model, tokenizer = models.load(
+        args.model, dtype=dtype, device=args.device, console=progress_console
+    )
+    asker = Asker(model, tokenizer, args.max_new_tokens, batches + mixed, progress_console)
+    systems = ["eager", *([args.compare] if args.compare else []), "bicompile"]
+    results = [asker.run(system, batches, mixed) for system in systems]
+    _show(console, results, args)
+    if args.json:
+        settings = {k: v for k, v in vars(args).items() if isinstance(v, (str, int, tuple))}
+        report: dict[str, Any] = {"machine": found, "settings": settings, "question": QUESTION}
+        report["systems"] = [_as_json(r) for r in results]
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    ours = results[-1]
+    return 0 if ours.unique == 1 and ours.unique_completions <= 1 else 1
+
+
+def make_batches(others: Sequence[str], sizes: Sequence[int]) -> list[Batch]:
+    """Put the question among the other prompts, at another position in each batch.
+
+    The longest prompt is in every batch, so that all batches are padded to one length and fit the
+    same compiled graph.
+    """
+    others = sorted(others, key=len, reverse=True)[:1] + list(others)
+    batches = []
+    for size in sizes:
+        position = 5 * size // 8
+        rows = [others[i % len(others)] for i in range(size - 1)]
+        rows.insert(position, QUESTION)
+        batches.append(Batch(tuple(rows), (position,)))
+    return batches
+
+
+def mixed_batches(others: Sequence[str], completions: int, seed: int = 0) -> list[Batch]:
+    """Draw batches of random size and order in which most rows hold the question."""
+    rng = random.Random(seed)
+    batches = []
+    while completions > 0:
+        size = rng.randint(1, _LARGEST_MIXED_BATCH)
+        asked = min(completions, size - rng.randint(0, size // 2))
+        rows = [QUESTION] * asked + rng.choices(others, k=size - asked)
+        rng.shuffle(rows)
+        places = tuple(i for i, row in enumerate(rows) if row == QUESTION)
+        batches.append(Batch(tuple(rows), places))
+        completions -= asked
+    return batches
+
+
+class Asker:
+    """Answers batches greedily with one model, as it is or compiled."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        max_new_tokens: int,
+        batches: Sequence[Batch],
+        console: Console,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_new_tokens = max_new_tokens
+        self.console = console
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        longest = max(len(self._encode(b.prompts).input_ids[0]) for b in batches)
+        # One length of the cache for all batches: one shape less that varies.
+        self.cache_slots = -(-(longest + max_new_tokens) // 64) * 64
+
+    def run(self, system: str, batches: Sequence[Batch], mixed: Sequence[Batch]) -> Result:
+        """Answer all batches with one system."""
+        result = Result(system)
+        start = time.perf_counter()
+        with self._compiled(system), _live(self.console) as say:
+            for batch in batches:
+                result.answers += self._ask(batch, result, say)
+            for batch in mixed:
+                result.completions += self._ask(batch, result, say)
+        result.seconds = time.perf_counter() - start
+        return result
+
+    @contextmanager
+    def _compiled(self, system: str) -> Iterator[None]:
+        """Compile the model's forward in place for a while."""
+        import torch
+
+        import bicompile
+
+        if system == "inductor":
+            self.model.forward = torch.compile(self.model.forward)
+        elif system == "bicompile":
+            self.model = bicompile.compile(self.model)
+        try:
+            yield
+        finally:
+            vars(self.model).pop("forward", None)
+            torch._dynamo.reset()
+
+    def _encode(self, prompts: Sequence[str]) -> Any:
+        if self.tokenizer.chat_template:
+            prompts = [
+                self.tokenizer.apply_chat_template(
+                    [{"role": "user", "content": p}], add_generation_prompt=True, tokenize=False
+                )
+                for p in prompts
+            ]
+        return self.tokenizer(
+            list(prompts),
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=not self.tokenizer.chat_template,
+        )
+
+    def _ask(self, batch: Batch, result: Result, say: Any) -> list[Answer]:
+        import torch
+        import transformers
+
+        size = len(batch.prompts)
+        inputs = self._encode(batch.prompts).to(self.model.device)
+        cache = transformers.StaticCache(config=self.model.config, max_cache_len=self.cache_slots)
+        label = f"{TITLES[result.system]}, batch of {size}"
+        times: list[float] = []
+
+        def tick(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            times.append(time.perf_counter())
+            say(f"{label}: token {len(times)} of {self.max_new_tokens}")
+            return torch.zeros(size, dtype=torch.bool, device=input_ids.device)
+
+        say(f"{label}: first token" + ("" if result.system == "eager" else ", compiling"))
+        start = time.perf_counter()
+        with torch.no_grad():
+            # disable_compile keeps transformers from compiling what is compiled here.
+            output = self.model.generate(
+                input_ids=inputs.input_ids,
+                attention_mask=inputs.attention_mask,
+                past_key_values=cache,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id,
+                stopping_criteria=transformers.StoppingCriteriaList([tick]),
+                disable_compile=True,
+            )
+        seconds = time.perf_counter() - start
+        self.console.print(f"[dim]{label}: {len(times)} tokens in {seconds:.1f} s[/]")
+        steps = [b - a for a, b in itertools.pairwise(times)]
+        if steps:
+            # The median leaves out the step that compiled.
+            result.decode_seconds += statistics.median(steps) * len(steps)
+            result.decoded += size * len(steps)
+        new = output[:, inputs.input_ids.shape[1] :].tolist()
+        return [self._answer(size, row, new[row]) for row in batch.asked]
+
+    def _answer(self, size: int, position: int, tokens: list[int]) -> Answer:
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        end = next((i + 1 for i, t in enumerate(tokens) if t in ends), len(tokens))
+        text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        return Answer(size, position, tokens[:end], text)
+
+
+@contextmanager
+def _live(console: Console) -> Iterator[Any]:
+    """One line that lives while a system works: what it does, the graphs so far, the seconds."""
+    from bicompile.report import REPORTS
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    before = len(REPORTS)
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("")
+
+        def say(text: str) -> None:
+            graphs = len(REPORTS) - before
+            compiled = f" ({graphs} graphs compiled)" if graphs else ""
+            progress.update(task, description=text + compiled)
+
+        yield say
+
+
+def _show(console: Console, results: Sequence[Result], args: argparse.Namespace) -> None:
+    table = Table(title=f'"{QUESTION}", greedy, {args.dtype}, {args.max_new_tokens} tokens')
+    table.add_column("system")
+    sizes = ", ".join(map(str, args.batch_sizes))
+    table.add_column(f"unique answers\nbatch sizes {sizes}", justify="right")
+    if args.completions:
+        table.add_column(f"unique answers\n{args.completions} completions", justify="right")
+    table.add_column("first token\nthat differs", justify="right")
+    table.add_column("tokens\nper second", justify="right")
+    table.add_column("seconds, with\ncompilation", justify="right")
+    for r in results:
+        counts = [r.unique, *([r.unique_completions] if args.completions else [])]
+        table.add_row(
+            TITLES[r.system],
+            *(f"[{'green' if n == 1 else 'red'}]{n}[/]" for n in counts),
+            str(r.first_difference or "-"),
+            f"{r.tokens_per_second:.1f}",
+            f"{r.seconds:.1f}",
+        )
+    console.print(table)
+    for r in results:
+        console.print(f"[bold]{TITLES[r.system]}[/]")
+        for line in part_lines(r.answers):
+            console.print("  " + line)
+
+
+def part_lines(answers: Sequence[Answer]) -> list[str]:
+    """One line per different answer; where they part, the first differing word stands out."""
+    groups: dict[tuple[int, ...], list[Answer]] = {}
+    for answer in answers:
+        groups.setdefault(tuple(answer.tokens), []).append(answer)
+    if len(groups) == 1:
+        return [f"at every batch size: {escape(answers[0].text.strip())}"]
+    texts = [group[0].text.strip().split(" ") for group in groups.values()]
+    same = min(_common(a, b) for a in texts for b in texts if a is not b)
+    lines = []
+    for words, group in zip(texts, groups.values(), strict=True):
+        at = ", ".join(str(a.batch_size) for a in group)
+        before = escape(" ".join(words[max(0, same - _WORDS_SHOWN) : same]))
+        word = escape(" ".join(words[same : same + 1])) or "(end)"
+        after = escape(" ".join(words[same + 1 : same + 1 + _WORDS_SHOWN]))
+        lines.append(f"batch {at}: [dim]... {before}[/] [bold red]{word}[/] {after} ...")
+    return [line.replace("\n", " ") for line in lines]
+
+
+def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Length of the common beginning."""
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    return asdict(result) | {
+        "unique": result.unique,
+        "unique_completions": result.unique_completions,
+        "first_difference": result.first_difference,
+        "tokens_per_second": result.tokens_per_second,
+    }
+
+
+def _read_prompts(file: Path | None) -> tuple[str, ...]:
+    if file is None:
+        return OTHERS
+    try:
+        lines = tuple(line.strip() for line in file.read_text().splitlines() if line.strip())
+        reason = "the file holds no prompt"
+    except OSError as error:
+        lines, reason = (), error.strerror or str(error)
+    if not lines:
+        raise UnsafeSetting(
+            setting="--prompts",
+            value=str(file),
+            reason=reason,
+            accepted=["a text file with one prompt per line"],
+            todo="correct the path or the file",
+        )
+    return lines
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part.strip()) for part in text.split(","))
