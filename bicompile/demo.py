@@ -36,8 +36,8 @@ OTHERS = (
 )
 TITLES = {
     "eager": "plain PyTorch",
-    "inductor": "torch.compile (default)",
-    "bicompile": "torch.compile (batch_invariant)",
+    "inductor": "torch.compile",
+    "bicompile": "bicompile",
 }
 _LARGEST_MIXED_BATCH = 32
 _WORDS_SHOWN = 8
@@ -315,20 +315,23 @@ def _live(console: Console) -> Iterator[Any]:
 
 
 def _show(console: Console, results: Sequence[Result], args: argparse.Namespace) -> None:
-    table = Table(title=f'"{QUESTION}", greedy, {args.dtype}, {args.max_new_tokens} tokens')
-    table.add_column("system")
     sizes = ", ".join(map(str, args.batch_sizes))
-    table.add_column(f"unique answers\nbatch sizes {sizes}", justify="right")
-    if args.completions:
-        table.add_column(f"unique answers\n{args.completions} completions", justify="right")
-    table.add_column("first token\nthat differs", justify="right")
-    table.add_column("tokens\nper second", justify="right")
-    table.add_column("seconds, with\ncompilation", justify="right")
+    table = Table(
+        title=f'"{QUESTION}"\ngreedy, {args.dtype}, {args.max_new_tokens} tokens, '
+        f"among 0 to {max(args.batch_sizes) - 1} other prompts",
+        caption=f"answers: how many different ones at batch sizes {sizes}"
+        + (f"; in {args.completions} completions" if args.completions else "")
+        + "\nparts: first token that differs; seconds: with compilation",
+    )
+    table.add_column("system")
+    counted = ["answers", *(["completions"] if args.completions else [])]
+    for name in (*counted, "parts", "tokens/s", "seconds"):
+        table.add_column(name, justify="right")
     for r in results:
         counts = [r.unique, *([r.unique_completions] if args.completions else [])]
         table.add_row(
             TITLES[r.system],
-            *(f"[{'green' if n == 1 else 'red'}]{n}[/]" for n in counts),
+            *(f"[bold {'green' if n == 1 else 'red'}]{n}[/]" for n in counts),
             str(r.first_difference or "-"),
             f"{r.tokens_per_second:.1f}",
             f"{r.seconds:.1f}",

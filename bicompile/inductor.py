@@ -192,9 +192,17 @@ def _to_dtype(owner: Any) -> Any:
     """Floats become 8-bit integers by way of int32: the vector body alone would saturate."""
     plain = owner.to_dtype
 
+    def step(x: Any, dtype: torch.dtype) -> Any:
+        if x.dtype == dtype:
+            return x
+        y = plain(x, dtype, x.dtype)
+        y.dtype = dtype
+        return y
+
     def to_dtype(x: Any, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
-        if dtype in (torch.int8, torch.uint8) and getattr(x, "dtype", None) == torch.float32:
-            return plain(plain(x, torch.int32), dtype)
+        if dtype in (torch.int8, torch.uint8) and x.dtype.is_floating_point:
+            wide = x if x.dtype == torch.float64 else step(x, torch.float32)
+            return plain(step(wide, torch.int32), dtype, torch.int32)
         return plain(x, dtype, *args, **kwargs)
 
     return _named("to_dtype", to_dtype)

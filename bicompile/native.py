@@ -53,11 +53,12 @@ _loaded: str | None = None
 
 def isa() -> str:
     """Return the best instruction set of this machine: a key of ``ISA_FLAGS``."""
-    return next(name for name, flags in ISA_FLAGS.items() if _machine_has(flags))
+    return next(name for name in ISA_FLAGS if runs(name))
 
 
-def _machine_has(flags: tuple[str, ...]) -> bool:
-    return {_cpuinfo_name(flag) for flag in flags} <= _cpu_features()
+def runs(isa: str) -> bool:
+    """Whether this machine has an instruction set."""
+    return {_cpuinfo_name(flag) for flag in ISA_FLAGS[isa]} <= _cpu_features()
 
 
 def _cpuinfo_name(flag: str) -> str:

@@ -67,6 +67,9 @@ def law(test):
     return test
 
 
+real_dot = pytest.mark.skipif(INTERPRET, reason="the interpreter's dot is a stand-in")
+
+
 @pytest.mark.skipif(INTERPRET, reason="this is the inner run")
 def test_in_the_interpreter():
     environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
@@ -112,11 +115,11 @@ def views(x):
 
 
 def no_worse(ours, theirs, exact):
-    """Root mean square error against float64: ours, theirs. Theirs may be lucky by a little."""
+    """Root mean square error against float64; what lies under half a unit in the last place is luck."""
     error = [
         float((r.double() - exact).pow(2).mean().sqrt()) for r in (ours.cpu(), theirs.cpu())
     ]
-    unit = float(exact.abs().mean()) * torch.finfo(ours.dtype).eps / 8
+    unit = float(exact.abs().mean()) * torch.finfo(ours.dtype).eps / 2
     assert error[0] <= 1.25 * error[1] + unit, error
     return error
 
@@ -156,7 +159,9 @@ ROW_COUNT = 5 if INTERPRET else 33
 @pytest.mark.parametrize("k", ROW_SIZES)
 @pytest.mark.parametrize("op", ROW_OPS)
 def test_a_row_does_not_see_its_batch(op, k):
-    for dtype in DTYPES[-2:]:
+    if INTERPRET and k > 300 and op not in ("sum", "var_mean", "softmax", "layer_norm"):
+        pytest.skip("one of each kind is enough for the slow interpreter")
+    for dtype in DTYPES[1:] if INTERPRET else DTYPES:
         f, x = ROW_OPS[op], randn(ROW_COUNT, k, dtype=dtype)
         whole = f(x)
         for n in BATCHES:
@@ -176,7 +181,7 @@ def test_a_row_does_not_see_its_batch(op, k):
 
 @law
 def test_many_rows_equal_few():
-    n = 40 if INTERPRET else 5000
+    n = 20 if INTERPRET else 5000
     for k in (3, 70) if INTERPRET else (3, 70, 576, 4096):
         x = randn(n, k)
         for op in ("sum", "var_mean", "softmax", "rms_norm", "layer_norm"):
@@ -212,13 +217,18 @@ def test_empty_and_special_rows():
     torch.testing.assert_close(softmax.softmax(x, 1, FULL), x.softmax(1), equal_nan=True)
 
 
+def _root(x):
+    """What the interpreter computes for rsqrt."""
+    return torch.from_numpy(1 / np.sqrt(x.numpy()))
+
+
 @law
 @pytest.mark.parametrize("k", (7, 4100) if INTERPRET else (7, 576, 4096, 5120))
 def test_rms_norm_is_the_unfused_chain(k):
     for dtype in DTYPES:
         x, w = randn(9, k, dtype=dtype), randn(k, dtype=dtype, seed=3)
         f = x.float()
-        root = torch.rsqrt if DEVICE == "cuda" else lambda v: torch.from_numpy(1 / np.sqrt(v))
+        root = _root if INTERPRET else torch.rsqrt
         y = f * root(reduce.mean(f * f, [1], True, FULL) + 1e-6)
         same(norm.rms_norm(x, 1, w, 1e-6, 0.0, True), y.to(dtype) * w)
         same(norm.rms_norm(x, 1, w, 1e-6, 1.0, False), (y * (1.0 + w.float())).to(dtype))
@@ -326,6 +336,7 @@ def test_every_spelling_of_a_matmul(kind, dtype, tf32):
 
 
 @law
+@real_dot
 @pytest.mark.parametrize("kind,dtype,tf32", KINDS)
 def test_matmul_accuracy(kind, dtype, tf32):
     m, k, n = (9, 200, 17) if INTERPRET else (257, 4096, 300)
@@ -502,6 +513,7 @@ def _exact(q, k, v, mask=None):
 
 
 @law
+@real_dot
 @each_dtype
 def test_attention_accuracy(dtype):
     n = 100 if INTERPRET else 1000

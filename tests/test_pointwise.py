@@ -7,7 +7,6 @@ strided, broadcast, masked, one and two threads).  A canary runs the same check 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -153,6 +152,15 @@ FUNCTIONS: dict[str, Function] = {
     "bits": lambda x: (x.float().view(torch.int32) & 0xFF).float(),
 }
 
+# Functions that plain Inductor computes by two algorithms, one for vectors and one for scalars.
+VARIANT = (
+    *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "logaddexp", "logit", "xlogy"),
+    *("pow 2.3", "pow x", "sin", "cos", "tan", "sinc", "asin", "acos", "atan", "atan2", "sinh"),
+    *("cosh", "tanh", "asinh", "acosh", "atanh", "sigmoid", "silu", "gelu", "gelu tanh", "mish"),
+    *("softplus", "elu", "swiglu chain", "rotary chain", "erf", "erfc", "erfinv", "ndtr", "lgamma"),
+    *("remainder", "remainder of scalar", "to int8"),
+)
+
 SIZES = (1, 2, 3, 7, 8, 15, 16, 17, 33, 64, 70, 127, 130, 1000, 4097)
 SPECIAL = (
     *(0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-40, -1e-40, 1.17e-38),
@@ -259,3 +267,179 @@ def _settings() -> Iterator[None]:
     with torch._inductor.config.patch(fx_graph_cache=False):
         yield
     torch.set_num_threads(threads)
+
+
+def test_the_table_is_long_enough():
+    assert len(FUNCTIONS) >= 75
+    assert set(VARIANT) <= set(FUNCTIONS)
+
+
+def test_every_function_is_invariant_in_float32():
+    torch.set_num_threads(2)
+    sweep = Sweep(list(FUNCTIONS), torch.float32)
+    sweep.dynamic()
+    torch.set_num_threads(1)
+    sweep.strided()
+    sweep.broadcast(dim=1)
+    sweep.masked()
+    assert sweep.found == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_functions_with_two_bodies_are_invariant_in_half_types(dtype):
+    sweep = Sweep(VARIANT, dtype)
+    sweep.dynamic()
+    sweep.strided()
+    assert sweep.found == {}
+
+
+def without_the_other_half_type(dtype: torch.dtype) -> list[str]:
+    """Inductor does not vectorise a kernel in which both half types occur."""
+    other = {torch.bfloat16: "float16 and back", torch.float16: "bfloat16 and back"}
+    return [name for name in FUNCTIONS if name != other.get(dtype)]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_function_is_invariant_in_every_layout(dtype, threads):
+    torch.set_num_threads(threads)
+    sweep = Sweep(without_the_other_half_type(dtype), dtype)
+    sweep.dynamic(sizes=(*range(1, 71), 127, 128, 129, 130, 1000, 4097))
+    for n in (1, 3, 8, 17, 33, 130, 1000):
+        sweep.static(n)
+    sweep.strided()
+    sweep.transposed()
+    sweep.broadcast(dim=0)
+    sweep.broadcast(dim=1)
+    sweep.masked()
+    assert sweep.found == {}
+
+
+def test_canary_plain_inductor_is_caught():
+    sweep = Sweep(VARIANT, torch.float32, inner=plain_inner)
+    sweep.dynamic()
+    sweep.strided()
+    assert len(sweep.found) >= 30, sweep.found
+    assert "beside 1000000.0" in sweep.found["sin"]  # its vector form reads the other lanes
+
+
+# ---- Accuracy ------------------------------------------------------------------------------------
+
+# Largest error in units in the last place, as functions.h states it (sigmoid: where exp(-x) is
+# finite).
+ULP = {
+    "exp": 0.99,
+    "expm1": 1.36,
+    "tanh": 1.23,
+    "log": 0.81,
+    "log1p": 0.88,
+    "erf": 0.99,
+    "sin": 0.77,
+    "cos": 0.77,
+    "sigmoid": 2.2,
+}
+
+
+def ulp_error(got: Tensor, exact: Tensor) -> float:
+    """The largest error over all finite results, in units in the last place of float32."""
+    exponent = torch.frexp(exact.abs().clamp_min(2.0**-126))[1].double() - 24
+    finite = exact.abs() <= torch.finfo(torch.float32).max
+    return ((got.double() - exact).abs() / torch.exp2(exponent))[finite].max().item()
+
+
+def test_float32_functions_are_accurate():
+    x = torch.arange(-(2**31), 2**31, 4093).to(torch.int32).view(torch.float32)
+    x = x[x.isfinite()]
+    inputs = dict.fromkeys(ULP, x)
+    inputs |= {name: x[x.abs() < 1e8] for name in ("sin", "cos")}
+    inputs |= {"log": x[x > 0], "log1p": x[x > -1], "sigmoid": x[x > -88]}
+
+    def backend(gm, example_inputs, **kwargs):
+        return inductor.compile_graph(gm, example_inputs, stamp="accuracy")
+
+    run = torch.compile(
+        lambda xs: {name: getattr(torch, name)(v) for name, v in xs.items()}, backend=backend
+    )
+    for name, got in run(inputs).items():
+        error = ulp_error(got, getattr(torch, name)(inputs[name].double()))
+        assert error <= ULP[name], f"{name}: {error}"
+
+
+SPECIAL_VALUES = {
+    "exp": {"-inf": "0", "inf": "inf", "-0.0": "1", "89": "inf", "-104": "0"},
+    "expm1": {"-inf": "-1", "inf": "inf", "-0.0": "-0.0", "89": "inf", "1e-45": "1e-45"},
+    "tanh": {"-inf": "-1", "inf": "1", "-0.0": "-0.0", "1e-45": "1e-45"},
+    "log": {"0.0": "-inf", "-0.0": "-inf", "inf": "inf", "-1": "nan", "1": "0"},
+    "log1p": {"-1": "-inf", "-0.0": "-0.0", "inf": "inf", "-2": "nan", "1e-45": "1e-45"},
+    "erf": {"-inf": "-1", "inf": "1", "-0.0": "-0.0"},
+    "sin": {"inf": "nan", "-0.0": "-0.0", "1e-45": "1e-45"},
+    "cos": {"inf": "nan", "-0.0": "1"},
+    "sigmoid": {"-inf": "0", "inf": "1", "0": "0.5"},
+}
+
+
+def test_float32_functions_are_right_at_special_values():
+    def backend(gm, example_inputs, **kwargs):
+        return inductor.compile_graph(gm, example_inputs, stamp="special")
+
+    names = list(SPECIAL_VALUES)
+    inputs = [torch.tensor([*map(float, SPECIAL_VALUES[name]), float("nan")]) for name in names]
+    run = torch.compile(
+        lambda xs: [getattr(torch, name)(x) for name, x in zip(names, xs, strict=True)],
+        backend=backend,
+    )
+    for name, got in zip(names, run(inputs), strict=True):
+        want = torch.tensor([*map(float, SPECIAL_VALUES[name].values()), float("nan")])
+        assert torch.equal(bits(got), bits(want)), (name, got, want)
+
+
+# ---- The overrides themselves --------------------------------------------------------------------
+
+
+def snapshot() -> list[dict[str, object]]:
+    from torch._inductor.codegen import cpp
+
+    return [dict(vars(c)) for c in (cpp.CppOverrides, cpp.CppVecOverrides, cpp.KernelGroup)]
+
+
+def test_overrides_leave_inductor_as_it_was():
+    before = snapshot()
+    with inductor.overrides():
+        inside = snapshot()
+        with inductor.overrides():
+            assert snapshot() == inside
+        assert snapshot() == inside
+    assert inside != before
+    assert snapshot() == before
+    with pytest.raises(ZeroDivisionError), inductor.overrides():
+        raise ZeroDivisionError
+    assert snapshot() == before
+
+
+def test_every_replaced_function_keeps_its_name():
+    # Inductor falls back from the vector body to the scalar body by name.
+    for owner, name, value in inductor._replacements():
+        if isinstance(value, staticmethod):
+            assert value.__func__.__name__ == name, owner
+
+
+def test_every_pinned_key_of_the_config_is_known_or_left_out():
+    patches = inductor.config_patches(None, "stamp")
+    known = torch._inductor.config.get_config_copy()
+    assert set(patches) <= set(known)
+    assert all(reason for _, reason in inductor.PINNED.values())
+
+
+def test_modes():
+    assert inductor.config_patches("reduce-overhead", "s")["triton.cudagraphs"] is True
+    assert inductor.config_patches("max-autotune", "s")["max_autotune"] is False
+    assert "triton.cudagraphs" not in inductor.config_patches("max-autotune-no-cudagraphs", "s")
+    with pytest.raises(UnknownOption, match="mode"):
+        inductor.config_patches("fast", "s")
+
+
+def test_the_stamp_holds_the_identity_of_header_and_overrides():
+    one, two = (inductor.config_patches(None, s)["joint_custom_pre_pass"] for s in "ab")
+    assert one.uuid() != two.uuid()
+    assert one.uuid().endswith(inductor._own_hash())

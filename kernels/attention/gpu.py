@@ -23,14 +23,14 @@ TILE = {2: 64, 4: 32}  # pinned: keys of a tile, by bytes per element
 def _row_ranges(
     FIRST, LAST, PLAIN, rb, rh, rq, b, h, query, here, S, MODE: tl.constexpr, R: tl.constexpr
 ):
-    """First and last visible key of each row; whether every key between is seen with bias 0."""
+    """First and last visible key of each row; 1 if every key between is seen with bias 0."""
     if MODE == "mask":
         i = b * rb + h * rh + query * rq
         first = tl.load(FIRST + i, mask=here, other=NO_KEY)
         last = tl.load(LAST + i, mask=here, other=-1)
-        plain = tl.min(tl.load(PLAIN + i, mask=here, other=1), 0) == 1
+        plain = tl.load(PLAIN + i, mask=here, other=1)
     else:
-        plain = S >= 0
+        plain = tl.full([R], 1, tl.int32)
         first = tl.where(here & (S > 0), 0, NO_KEY)
         last = tl.full([R], S - 1, tl.int32)
         if MODE == "causal":
@@ -62,7 +62,7 @@ def _span(first, last, plain, anchor, T: tl.constexpr):
     t1 = tl.where(top < 0, 0, (top - anchor) // T + 1)
     head = tl.max(tl.where(seen, first, 0), 0)
     full = (tl.min(tl.where(seen, last, NO_KEY), 0) + 1 - anchor) // T
-    full = tl.where(plain & (top >= 0), full, 0)
+    full = tl.where((tl.min(plain, 0) > 0) & (top >= 0), full, 0)
     return t0, t1, head, full, low, top
 
 

@@ -25,27 +25,52 @@ void pack_keys(const T* k, int64_t stride, int64_t keys, int64_t D, float* out) 
       for (int64_t i = 0; i < W; i++) store_raw(out + (d + i) * kPanel + j, as_float(r[i]));
     }
 }
+// The same for bfloat16, two neighbouring elements at a time.
+inline void pack_keys(const bf16* k, int64_t stride, int64_t keys, int64_t D, float* out) {
+  constexpr int64_t kPairs = 2 * W;
+  for (int64_t j = 0; j < kPanel; j += W)
+    for (int64_t d = 0; d < D; d += kPairs) {
+      i32x16 r[W];
+      for (int64_t i = 0; i < W; i++) {
+        bf16 buffer[kPairs] = {};
+        const bf16* p = k + (j + i) * stride + d;
+        if (j + i < keys && D - d < kPairs) std::memcpy(buffer, p, (D - d) * sizeof(bf16));
+        r[i] = load_words(j + i < keys && D - d >= kPairs ? p : buffer);
+      }
+      transpose(r);
+      for (int64_t i = 0; i < W && d + 2 * i < D; i++) {
+        float* to = out + (d + 2 * i) * kPanel + j;
+        store_raw(to, as_float(shift_left_16(r[i])));
+        store_raw(to + kPanel, as_float(r[i] & splat_int((int32_t)0xffff0000)));
+      }
+    }
+}
 
-// s[m][64] = the scores of MR rows: for each key one fma chain over d.
+// s[m][key] = the scores of MR rows: one fma chain over even d, one over odd d, and their sum.
 template <int MR, int NV>
 BIC_INLINE void score_tile(const float* q, int64_t ldq, const float* panel, int64_t D, float* s,
                            int64_t lds) {
-  f32x16 acc[MR][NV];
-  for (auto& row : acc)
-    for (auto& v : row) v = zero();
-  for (int64_t d = 0; d < D; d++) {
-    f32x16 k[NV];
+  f32x16 acc[2][MR][NV];
+  for (auto& chain : acc)
+    for (auto& row : chain)
+      for (auto& v : row) v = zero();
+  for (int64_t d = 0; d < D; d += 2)
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; odd++) {
+      f32x16 k[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) k[j] = load(panel + d * kPanel + j * W);
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; m++) {
-      const f32x16 x = splat(q[m * ldq + d]);
+      for (int j = 0; j < NV; j++) k[j] = load(panel + (d + odd) * kPanel + j * W);
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; j++) acc[m][j] = fma(x, k[j], acc[m][j]);
+      for (int m = 0; m < MR; m++) {
+        const f32x16 x = splat(q[m * ldq + d + odd]);
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) acc[odd][m][j] = fma(x, k[j], acc[odd][m][j]);
+      }
     }
-  }
+#pragma GCC unroll 4
   for (int m = 0; m < MR; m++)
-    for (int j = 0; j < NV; j++) store_raw(s + m * lds + j * W, acc[m][j]);
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) store_raw(s + m * lds + j * W, acc[0][m][j] + acc[1][m][j]);
 }
 
 #if defined(__AVX512F__)
@@ -54,12 +79,11 @@ constexpr int kScoreN = 4;
 constexpr int kScoreN = 1;
 #endif
 
+// Scores of all rows with a panel; q is padded with zeros to an even D.
 inline void scores(const float* q, int64_t ldq, int64_t rows, const float* panel, int64_t D,
                    float* s, int64_t lds) {
   for (int64_t j = 0; j < kPanel; j += kScoreN * W) {
     int64_t m = 0;
-    for (; m + 6 <= rows; m += 6)
-      score_tile<6, kScoreN>(q + m * ldq, ldq, panel + j, D, s + m * lds + j, lds);
     for (; m + 3 <= rows; m += 3)
       score_tile<3, kScoreN>(q + m * ldq, ldq, panel + j, D, s + m * lds + j, lds);
     for (; m < rows; m++)

@@ -107,15 +107,15 @@ def _visible(
     j = tl.arange(0, T)
     key = key0 + j
     vis = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
-    if MASKED:  # no branch: where the range says it all, nothing is loaded
+    if MASKED:  # no branch: where the range of a row says it all, nothing is loaded
         at = (MASK + key0.to(tl.int64) * sms)[:, None] + j[None, :] * sms
-        x = tl.load(at, mask=vis & (plain == 0), other=0)
+        x = tl.load(at, mask=vis & (plain[:, None] < 1), other=0)
         if BIAS:
             x = x.to(tl.float32)
             vis = vis & (x != float("-inf"))
             s = s + x * LOG2E
         else:
-            vis = vis & ((x != 0) | (plain != 0))
+            vis = vis & ((x != 0) | (plain[:, None] > 0))
     return tl.where(vis, s, float("-inf")), vis
 
 

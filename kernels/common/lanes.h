@@ -293,6 +293,13 @@ BIC_INLINE f32x16 rounded(f32x16 v, T) {
 }
 #endif
 
+// 16 words of 32 bits.
+BIC_INLINE i32x16 load_words(const void* p) {
+  i32x16 v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
 // ---- across lanes
 
 // 16 lanes to one: lane[i] = op(lane[i], lane[i + w]) for w = 8, 4, 2, 1.

@@ -27,12 +27,6 @@ struct Single {
   static BIC_INLINE f32x16 mac(f32x16 acc, Vector a, Vector b) { return fma(a, b, acc); }
 };
 
-BIC_INLINE i32x16 load_words(const void* p) {
-  i32x16 v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-
 struct PairByFma {
   using Element = bf16;
   struct Vector {

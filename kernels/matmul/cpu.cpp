@@ -31,19 +31,18 @@ struct Product {
     });
   }
 
-  int64_t steps() const { return (K + P::kBlock - 1) / P::kBlock; }
-
   void run_panels() const {
-    const int64_t block = W * lane_stride(steps(), kPanelM);
-    const Scratch<Word> packed((M / kPanelM + 4) * block);
-    parallel((M + kPanelM - 1) / kPanelM, kPanelM * K, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) pack_block(i * kPanelM, packed + i * block);
+    const int64_t steps = steps_of<P>(K), block = panel_size(steps, kPanelM);
+    const Scratch<Word> packed((M + W) / kPanelM * block);
+    parallel((M + W - 1) / W, W * K, [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin * W; m < std::min(M, end * W); m += W)
+        pack_a<P>(a + m * lda, lda, std::min(W, M - m), K, packed + m / kPanelM * block);
     });
     const int64_t vectors = (N + W - 1) / W, threes = whole_panels(vectors);
     const int64_t panels = threes + (vectors - threes * kPanelN + 1) / 2;
     const int64_t chunk = chunk_rows(panels), chunks = (M + chunk - 1) / chunk;
     parallel(panels * chunks, kPanelN * std::min(M, chunk) * K, [&](int64_t begin, int64_t end) {
-      const Scratch<Word> panel(W * lane_stride(steps(), kPanelN * W));
+      const Scratch<Word> panel(panel_size(steps, kPanelN * W));
       int64_t ready = -1;
       for (int64_t i = begin; i < end; i++) {
         const int64_t p = i / chunks, m = i % chunks * chunk;
@@ -65,22 +64,14 @@ struct Product {
   int64_t chunk_rows(int64_t panels) const {
     const int64_t wanted = (2 * torch::stable::get_num_threads() + panels - 1) / panels;
     const int64_t rows = std::max<int64_t>(64, (M + wanted - 1) / wanted);
-    return (rows + kPanelM - 1) / kPanelM * kPanelM;
+    return (rows + W - 1) / W * W;
   }
 
-  void pack_block(int64_t m, Word* to) const {
-    for (const int64_t stop = std::min(M, m + kPanelM); m < stop;) {
-      const int64_t rows = block_rows(m, M);
-      pack_rows<P>(a + m * lda, lda, rows, K, rows, 0, rows, to);
-      to += W * lane_stride(steps(), rows);
-      m += rows;
-    }
-  }
   void pack_panel(int64_t v, int64_t nv, Word* to) const {
     for (int64_t i = 0; i < nv; i++) {
       const int64_t n = (v + i) * W, count = std::min(W, N - n);
-      if (along_k) pack_rows<P>(b + n * ldb, ldb, count, K, nv * W, i * W, W, to);
-      else pack_columns<P>(b + n, ldb, count, K, nv * W, i * W, to);
+      if (along_k) pack_b_rows<P>(b + n * ldb, ldb, count, K, nv * W, to + i * W);
+      else pack_b_columns<P>(b + n, ldb, count, K, nv * W, to + i * W);
     }
   }
   void panel_rows(const Word* rows, const Word* panel, int64_t m, int64_t m1, int64_t n,

@@ -1,8 +1,10 @@
 // Products by panels: a and b packed so that a vector holds 16 neighbouring columns of one lane.
 //
-// The 16 lanes of an output are computed one after another, each for MR x (16 NV) outputs, and met
-// in the order of the tree: 0 8 4 12 2 10 6 14 1 9 5 13 3 11 7 15 is the tree read from its leaves.
+// The 16 lanes of an output are computed in pairs, each for MR x (16 NV) outputs, and met in the
+// order of the tree: 0 8, 4 12, 2 10, 6 14, 1 9, 5 13, 3 11, 7 15 is the tree read from its leaves.
 // No shuffle is needed, so this wins where packing pays: many rows, or b not walked along K.
+//
+// A panel of `width` words a step is [pair of lanes][step][2][width].
 #ifndef BICOMPILE_MATMUL_PANELS_H
 #define BICOMPILE_MATMUL_PANELS_H
 
@@ -15,14 +17,18 @@ namespace bic::simd {
 constexpr int kLaneOrder[W] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
 
 #if defined(__AVX512F__)
-constexpr int kPanelM = 8, kPanelN = 3;
+constexpr int kPanelM = 4, kPanelN = 3;
 #else
-constexpr int kPanelM = 4, kPanelN = 1;
+constexpr int kPanelM = 2, kPanelN = 1;
 #endif
 
-// Words between two lanes of a panel of `width` words a step; the odd line keeps lanes out of each
-// other's cache sets.
-inline int64_t lane_stride(int64_t steps, int64_t width) { return steps * width + 16; }
+template <class P>
+int64_t steps_of(int64_t K) { return (K + P::kBlock - 1) / P::kBlock; }
+
+// Words from one pair of lanes to the next, and of a whole panel; the odd line keeps pairs out of
+// each other's cache sets.
+inline int64_t pair_stride(int64_t steps, int64_t width) { return 2 * steps * width + 16; }
+inline int64_t panel_size(int64_t steps, int64_t width) { return W / 2 * pair_stride(steps, width); }
 
 // 16 words of one row from element k on: elements at K and beyond are 0.
 template <class T>
@@ -37,26 +43,63 @@ BIC_INLINE i32x16 words(const T* row, int64_t k, int64_t K) {
   }
 }
 
-// Packs rows (K contiguous) as [lane][step][width], `at` words into a step, 16 rows or fewer.
+// The 16 lanes of up to 16 rows (K contiguous) at one step: r[i] is lane kLaneOrder[i] of all rows.
 template <class P>
-void pack_rows(const typename P::Element* p, int64_t ld, int64_t rows, int64_t K, int64_t width,
-               int64_t at, int64_t used, Word* out) {
-  const int64_t steps = (K + P::kBlock - 1) / P::kBlock, stride = lane_stride(steps, width);
+BIC_INLINE void turn_rows(const typename P::Element* p, int64_t ld, int64_t rows, int64_t k,
+                          int64_t K, i32x16* r) {
+  i32x16 t[W];
+  for (int64_t i = 0; i < W; i++) t[i] = i < rows ? words(p + i * ld, k, K) : splat_int(0);
+  transpose(t);
+  for (int i = 0; i < W; i++) r[i] = t[kLaneOrder[i]];
+}
+
+// Packs 16 rows of b's transpose, or fewer, as 16 columns of a panel.
+template <class P>
+void pack_b_rows(const typename P::Element* p, int64_t ld, int64_t rows, int64_t K, int64_t width,
+                 Word* out) {
+  const int64_t steps = steps_of<P>(K), stride = pair_stride(steps, width);
   for (int64_t s = 0; s < steps; s++) {
     i32x16 r[W];
-    for (int64_t i = 0; i < W; i++)
-      r[i] = i < rows ? words(p + i * ld, s * P::kBlock, K) : splat_int(0);
-    transpose(r);
+    turn_rows<P>(p, ld, rows, s * P::kBlock, K, r);
     for (int i = 0; i < W; i++)
-      std::memcpy(out + i * stride + s * width + at, &r[kLaneOrder[i]], used * sizeof(Word));
+      std::memcpy(out + i / 2 * stride + (2 * s + i % 2) * width, &r[i], sizeof(r[i]));
+  }
+}
+
+// The rows of the block of a that starts at row m: kPanelM, or the largest power of two that fits.
+inline int64_t block_rows(int64_t m, int64_t M) {
+  int64_t rows = kPanelM;
+  while (rows > M - m) rows /= 2;
+  return rows;
+}
+
+// Packs up to 16 rows of a as blocks of kPanelM, the last ones smaller, each block a panel.
+template <class P>
+void pack_a(const typename P::Element* p, int64_t ld, int64_t rows, int64_t K, Word* out) {
+  const int64_t steps = steps_of<P>(K);
+  for (int64_t s = 0; s < steps; s++) {
+    i32x16 r[W];
+    turn_rows<P>(p, ld, rows, s * P::kBlock, K, r);
+    Word* block = out;
+    for (int64_t m = 0; m < rows;) {
+      const int64_t n = block_rows(m, rows), stride = pair_stride(steps, n);
+      for (int i = 0; i < W; i++) {
+        Word* to = block + i / 2 * stride + (2 * s + i % 2) * n;
+        const Word* from = (const Word*)&r[i] + m;
+        if (n == kPanelM) std::memcpy(to, from, kPanelM * sizeof(Word));
+        else for (int64_t j = 0; j < n; j++) to[j] = from[j];
+      }
+      block += panel_size(steps, n);
+      m += n;
+    }
   }
 }
 
 // Packs columns of a matrix with contiguous columns, [K, N] in memory: no turning is needed.
 template <class P>
-void pack_columns(const typename P::Element* p, int64_t ld, int64_t columns, int64_t K,
-                  int64_t width, int64_t at, Word* out) {
-  const int64_t steps = (K + P::kBlock - 1) / P::kBlock, stride = lane_stride(steps, width);
+void pack_b_columns(const typename P::Element* p, int64_t ld, int64_t columns, int64_t K,
+                    int64_t width, Word* out) {
+  const int64_t steps = steps_of<P>(K), stride = pair_stride(steps, width);
   const auto row = [&](int64_t k) {
     if (k >= K) return zero();
     return columns == W ? load(p + k * ld) : load(p + k * ld, columns);
@@ -70,56 +113,66 @@ void pack_columns(const typename P::Element* p, int64_t ld, int64_t columns, int
       } else {
         v = as_int(row(s * W + kLaneOrder[i]));
       }
-      std::memcpy(out + i * stride + s * width + at, &v, sizeof(v));
+      std::memcpy(out + i / 2 * stride + (2 * s + i % 2) * width, &v, sizeof(v));
     }
   }
 }
 
-// One lane of MR x (16 NV) outputs.
+// A pair of lanes of MR x (16 NV) outputs: acc[lane][row][vector].
 template <class P, int MR, int NV>
-BIC_INLINE void chain(const Word* a, const Word* b, int64_t steps, f32x16* acc) {
+BIC_INLINE void chains(const Word* a, const Word* b, int64_t steps, f32x16* acc) {
 #pragma GCC unroll 32
-  for (int i = 0; i < MR * NV; i++) acc[i] = zero();
-  for (int64_t s = 0; s < steps; s++, a += MR, b += NV * W) {
-    typename P::Vector y[NV];
+  for (int i = 0; i < 2 * MR * NV; i++) acc[i] = zero();
+  for (int64_t s = 0; s < steps; s++) {
+#pragma GCC unroll 2
+    for (int lane = 0; lane < 2; lane++, a += MR, b += NV * W) {
+      typename P::Vector y[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) y[v] = P::unpack(b + v * W);
+      for (int v = 0; v < NV; v++) y[v] = P::unpack(b + v * W);
 #pragma GCC unroll 8
-    for (int m = 0; m < MR; m++) {
-      const typename P::Vector x = P::broadcast(a + m);
+      for (int m = 0; m < MR; m++) {
+        const typename P::Vector x = P::broadcast(a + m);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) acc[m * NV + v] = P::mac(acc[m * NV + v], x, y[v]);
+        for (int v = 0; v < NV; v++) {
+          f32x16& sum = acc[(lane * MR + m) * NV + v];
+          sum = P::mac(sum, x, y[v]);
+        }
+      }
     }
   }
 }
 template <class P, int MR, int NV>
-__attribute__((noinline)) void chain_apart(const Word* a, const Word* b, int64_t steps, f32x16* acc) {
-  chain<P, MR, NV>(a, b, steps, acc);
+__attribute__((noinline)) void chains_apart(const Word* a, const Word* b, int64_t steps, f32x16* acc) {
+  chains<P, MR, NV>(a, b, steps, acc);
 }
 
+// MR rows of a packed block times a panel: all lanes, met as the tree meets them.
 template <class P, int MR, int NV>
 __attribute__((noinline)) void panel_tile(const Word* a, const Word* b, int64_t K,
                                           const Output<typename P::Element>& out, int64_t m0,
                                           int64_t n0, int64_t n1) {
-  const int64_t steps = (K + P::kBlock - 1) / P::kBlock;
-  const int64_t stride_a = lane_stride(steps, MR), stride_b = lane_stride(steps, NV * W);
-  f32x16 partial[4][MR * NV], acc[MR * NV];
-  for (int i = 0; i < W; i++) {
+  constexpr int kTile = MR * NV;
+  const int64_t steps = steps_of<P>(K);
+  const int64_t stride_a = pair_stride(steps, MR), stride_b = pair_stride(steps, NV * W);
+  f32x16 waiting[3][kTile], acc[2 * kTile];
+  for (int pair = 0; pair < W / 2; pair++) {
     if constexpr (P::kFlush) {
       FloatMode mode(true);
-      chain_apart<P, MR, NV>(a + i * stride_a, b + i * stride_b, steps, acc);
+      chains_apart<P, MR, NV>(a + pair * stride_a, b + pair * stride_b, steps, acc);
     } else {
-      chain<P, MR, NV>(a + i * stride_a, b + i * stride_b, steps, acc);
+      chains<P, MR, NV>(a + pair * stride_a, b + pair * stride_b, steps, acc);
     }
-    int depth = __builtin_popcount(i);  // partial sums that wait
-    for (int full = i; full & 1; full >>= 1) {
+#pragma GCC unroll 32
+    for (int j = 0; j < kTile; j++) acc[j] = acc[j] + acc[kTile + j];
+    int depth = __builtin_popcount(pair);  // how many partial sums wait
+    for (int full = pair; full & 1; full >>= 1) {
       depth--;
 #pragma GCC unroll 32
-      for (int j = 0; j < MR * NV; j++) acc[j] = partial[depth][j] + acc[j];
+      for (int j = 0; j < kTile; j++) acc[j] = waiting[depth][j] + acc[j];
     }
-    if (i < W - 1)
+    if (pair < W / 2 - 1)
 #pragma GCC unroll 32
-      for (int j = 0; j < MR * NV; j++) partial[depth][j] = acc[j];
+      for (int j = 0; j < kTile; j++) waiting[depth][j] = acc[j];
   }
 #pragma GCC unroll 8
   for (int m = 0; m < MR; m++)
@@ -130,34 +183,27 @@ __attribute__((noinline)) void panel_tile(const Word* a, const Word* b, int64_t 
     }
 }
 
-// The rows of the block of a that starts at row m: kPanelM, or the largest power of two that fits.
-inline int64_t block_rows(int64_t m, int64_t M) {
-  int64_t rows = kPanelM;
-  while (rows > M - m) rows /= 2;
-  return rows;
-}
 // Vectors in the panel that starts at vector v of n: kPanelN, but no panel of one after one of 3.
 inline int64_t panel_vectors(int64_t v, int64_t n) {
   const int64_t left = n - v;
   return kPanelN == 3 && (left == 4 || left == 2) ? 2 : left < kPanelN ? left : kPanelN;
 }
 
+// Rows [m, M) of packed blocks times a panel.
 template <class P, int NV>
 void panel_blocks(const Word* a, const Word* b, int64_t m, int64_t M, int64_t K,
                   const Output<typename P::Element>& out, int64_t n0, int64_t n1) {
-  const int64_t steps = (K + P::kBlock - 1) / P::kBlock;
+  const int64_t steps = steps_of<P>(K);
   while (m < M) {
     const int64_t rows = block_rows(m, M);
-    if (rows == 8) {
-      if constexpr (kPanelM == 8) panel_tile<P, 8, NV>(a, b, K, out, m, n0, n1);
-    } else if (rows == 4) {
-      panel_tile<P, 4, NV>(a, b, K, out, m, n0, n1);
+    if (rows == 4) {
+      if constexpr (kPanelM == 4) panel_tile<P, 4, NV>(a, b, K, out, m, n0, n1);
     } else if (rows == 2) {
       panel_tile<P, 2, NV>(a, b, K, out, m, n0, n1);
     } else {
       panel_tile<P, 1, NV>(a, b, K, out, m, n0, n1);
     }
-    a += W * lane_stride(steps, rows);
+    a += panel_size(steps, rows);
     m += rows;
   }
 }

@@ -1,18 +1,9 @@
 // layer_norm, rms_norm and group_norm, in the order of kernels/norm.
 #include "../common/tensor.h"
+#include "../common/wide.h"
 
 namespace bic::simd {
 namespace {
-
-// Sum over k of f(x[k]): lane l takes k = l, l + 16, ... in rising order, then the tree.
-template <class T, class F>
-float lane_sum(const T* x, int64_t K, const F& step) {
-  f32x16 acc = zero();
-  int64_t k = 0;
-  for (; k + W <= K; k += W) acc = step(acc, load(x + k));
-  if (k < K) acc = select(first(K - k), step(acc, load(x + k, K - k)), acc);
-  return tree_sum(acc);
-}
 
 // Calls f(k, n) for each block of n <= 16 elements; whole blocks with the constant 16.
 template <class F>
@@ -28,18 +19,18 @@ template <class T>
 BIC_INLINE void store_block(T* p, f32x16 v, int64_t n) { n == W ? store(p, v) : store(p, v, n); }
 
 struct Moments {
-  float mean, rstd;
+  double mean, rstd;
 };
 
 template <class T>
 Moments moments(const T* x, int64_t K, float eps) {
-  const float mean = lane_sum(x, K, [](f32x16 acc, f32x16 v) { return acc + v; }) / (float)K;
-  const f32x16 centre = splat(mean);
-  const float squares = lane_sum(x, K, [=](f32x16 acc, f32x16 v) {
-    const f32x16 d = v - centre;
-    return fma(d, d, acc);
+  const double mean = lane_sum(x, K, [](f64x16 acc, f32x16 v) { return acc + wide(v); }) / K;
+  const f64x16 centre = wide(mean);
+  const double squares = lane_sum(x, K, [=](f64x16 acc, f32x16 v) {
+    const f64x16 d = wide(v) - centre;
+    return acc + d * d;
   });
-  return {mean, 1.f / std::sqrt(squares / (float)K + eps)};
+  return {mean, 1.0 / std::sqrt(squares / K + eps)};
 }
 
 // A weight or bias as contiguous floats, or null.
@@ -66,15 +57,16 @@ Split split_last(const Tensor& input, int64_t n, bool keepdim) {
   return Split(input, last, keepdim);
 }
 
-// ---- layer_norm: y = (x - mean) * rstd * weight + bias, each operation rounded in float
+// ---- layer_norm: y = fma((x - mean) * rstd, weight, bias)
 
 template <class T>
 void layer_norm_row(const T* x, int64_t K, Moments m, const float* weight, const float* bias, T* out) {
-  const f32x16 mean = splat(m.mean), rstd = splat(m.rstd);
+  const f32x16 mean = splat((float)m.mean), rstd = splat((float)m.rstd);
   blocks(K, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
     f32x16 y = (load_block(x + k, n) - mean) * rstd;
-    if (weight) y = y * load_block(weight + k, n);
-    if (bias) y = y + load_block(bias + k, n);
+    if (weight && bias) y = fma(y, load_block(weight + k, n), load_block(bias + k, n));
+    else if (weight) y = y * load_block(weight + k, n);
+    else if (bias) y = y + load_block(bias + k, n);
     store_block(out + k, y, n);
   });
 }
@@ -97,8 +89,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input, int64_t ndim,
       for (int64_t i = begin; i < end; i++) {
         const T* x = rows[i];
         const Moments m = moments(x, K, (float)eps);
-        means[i] = from_float<float>(m.mean);
-        rstds[i] = from_float<float>(m.rstd);
+        means[i] = from_float<float>((float)m.mean);
+        rstds[i] = from_float<float>((float)m.rstd);
         layer_norm_row(x, K, m, w, b, y + i * K);
       }
     });
@@ -111,8 +103,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input, int64_t ndim,
 template <class T>
 void rms_norm_row(const T* x, int64_t K, float eps, const float* weight, float offset, bool round_first,
                   T* out) {
-  const float mean =
-      lane_sum(x, K, [](f32x16 acc, f32x16 v) { return acc + v * v; }) / (float)K;
+  const double sum = lane_sum(x, K, [](f64x16 acc, f32x16 v) { return acc + wide(v * v); });
+  const float mean = (float)(sum / K);
   const f32x16 r = splat(1.f / std::sqrt(mean + eps)), add = splat(offset);
   blocks(K, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
     f32x16 y = load_block(x + k, n) * r;
@@ -143,7 +135,7 @@ Tensor rms_norm(const Tensor& input, int64_t ndim, std::optional<Tensor> weight,
   return out;
 }
 
-// ---- group_norm: a row is the channels of one group of one sample
+// ---- group_norm: a row is the channels of one group of one sample; in double
 
 std::tuple<Tensor, Tensor, Tensor> group_norm(const Tensor& input_, std::optional<Tensor> weight,
                                               std::optional<Tensor> bias, int64_t groups,
@@ -164,17 +156,15 @@ std::tuple<Tensor, Tensor, Tensor> group_norm(const Tensor& input_, std::optiona
     parallel(N * groups, 4 * D * S, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const Moments m = moments(x + i * D * S, D * S, (float)eps);
-        means[i] = from_float<float>(m.mean);
-        rstds[i] = from_float<float>(m.rstd);
+        means[i] = from_float<float>((float)m.mean);
+        rstds[i] = from_float<float>((float)m.rstd);
         for (int64_t d = 0; d < D; d++) {
           const int64_t c = i % groups * D + d, at = (i * D + d) * S;
-          const f32x16 scale = splat(w ? w[c] : 1.f);
-          const f32x16 shift = splat(b ? b[c] : 0.f);
+          const f64x16 scale = wide(w ? m.rstd * w[c] : m.rstd);
+          const f64x16 mean = wide(m.mean), shift = wide(b ? b[c] : 0.0);
           blocks(S, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
-            f32x16 v = (load_block(x + at + k, n) - splat(m.mean)) * splat(m.rstd);
-            if (w) v = v * scale;
-            if (b) v = v + shift;
-            store_block(y + at + k, v, n);
+            const f64x16 distance = wide(load_block(x + at + k, n)) - mean;
+            store_block(y + at + k, narrow(distance * scale + shift), n);
           });
         }
       }

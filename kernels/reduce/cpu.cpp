@@ -1,55 +1,52 @@
 // sum, mean, prod, var, std, logsumexp and norm over any axes, in the order of kernels/reduce.
 #include "../common/tensor.h"
+#include "../common/wide.h"
 
 namespace bic::simd {
 namespace {
 
 const float kInf = INFINITY;
-const float kNaN = NAN;
 
 // ---- the steps: an identity, how an element enters a lane, how two lanes meet
 
 struct Sum {
-  f32x16 identity() const { return zero(); }
-  BIC_INLINE f32x16 step(f32x16 acc, f32x16 x) const { return acc + x; }
+  f64x16 identity() const { return wide(0.0); }
+  BIC_INLINE f64x16 step(f64x16 acc, f32x16 x) const { return acc + wide(x); }
   template <class V>
   BIC_INLINE V join(V a, V b) const { return a + b; }
 };
 struct Product {
-  f32x16 identity() const { return splat(1.f); }
-  BIC_INLINE f32x16 step(f32x16 acc, f32x16 x) const { return acc * x; }
+  f64x16 identity() const { return wide(1.0); }
+  BIC_INLINE f64x16 step(f64x16 acc, f32x16 x) const { return acc * wide(x); }
   template <class V>
   BIC_INLINE V join(V a, V b) const { return a * b; }
 };
 struct SumSquares : Sum {  // of the distances to a centre
-  f32x16 centre;
-  explicit SumSquares(f32x16 c) : centre(c) {}
-  BIC_INLINE f32x16 step(f32x16 acc, f32x16 x) const {
-    const f32x16 d = x - centre;
-    return fma(d, d, acc);
+  f64x16 centre;
+  explicit SumSquares(f64x16 c) : centre(c) {}
+  BIC_INLINE f64x16 step(f64x16 acc, f32x16 x) const {
+    const f64x16 d = wide(x) - centre;
+    return acc + d * d;
   }
 };
 struct SumExp : Sum {
   f32x16 max;
   explicit SumExp(f32x16 m) : max(m) {}
-  BIC_INLINE f32x16 step(f32x16 acc, f32x16 x) const { return acc + exp(x - max); }
+  BIC_INLINE f64x16 step(f64x16 acc, f32x16 x) const { return acc + wide(exp(x - max)); }
 };
 struct SumAbs : Sum {
-  BIC_INLINE f32x16 step(f32x16 acc, f32x16 x) const { return acc + abs(x); }
+  BIC_INLINE f64x16 step(f64x16 acc, f32x16 x) const { return acc + wide(abs(x)); }
 };
 struct CountNonzero : Sum {
-  BIC_INLINE f32x16 step(f32x16 acc, f32x16 x) const {
-    return acc + select(x != zero(), splat(1.f), zero());
+  BIC_INLINE f64x16 step(f64x16 acc, f32x16 x) const {
+    return acc + wide(select(x != zero(), splat(1.f), zero()));
   }
 };
 struct SumPower : Sum {
-  float p;
-  explicit SumPower(float power) : p(power) {}
-  f32x16 step(f32x16 acc, f32x16 x) const {
-    float t[W];
-    store_raw(t, abs(x));
-    for (float& v : t) v = std::pow(v, p);
-    return acc + load(t);
+  double p;
+  explicit SumPower(double power) : p(power) {}
+  f64x16 step(f64x16 acc, f32x16 x) const {
+    return acc + map(wide(abs(x)), [this](double v) { return std::pow(v, p); });
   }
 };
 struct Max {  // passes over NaN: the sums that follow bring it back
@@ -70,18 +67,23 @@ struct MaxAbs {  // keeps NaN; sign = -1 makes it the least magnitude
 
 // ---- where the K elements of one output, or of 16 neighbouring outputs, are
 
+f32x16 every_lane(float x) { return splat(x); }
+f64x16 every_lane(double x) { return wide(x); }
+f32x16 first(int64_t n, f32x16 a, f32x16 b) { return select(simd::first(n), a, b); }
+using simd::first;
+
 // One output whose elements are contiguous: lane l takes k = l, l + 16, ...; every lane returns it.
 struct Row {
   const float* p;
   int64_t K;
 
   template <class Op>
-  f32x16 reduce(const Op& op) const {
-    f32x16 acc = op.identity();
+  auto reduce(const Op& op) const {
+    auto acc = op.identity();
     int64_t k = 0;
     for (; k + W <= K; k += W) acc = op.step(acc, load(p + k));
-    if (k < K) acc = select(first(K - k), op.step(acc, load(p + k, K - k)), acc);
-    return splat(tree(acc, [&](float a, float b) { return op.join(a, b); }));
+    if (k < K) acc = first(K - k, op.step(acc, load(p + k, K - k)), acc);
+    return every_lane(tree(acc, [&](auto a, auto b) { return op.join(a, b); }));
   }
 };
 
@@ -91,8 +93,8 @@ struct Columns {
   int64_t K;
 
   template <class Op>
-  f32x16 reduce(const Op& op) const {
-    f32x16 acc[W];
+  auto reduce(const Op& op) const {
+    decltype(op.identity()) acc[W];
     for (int64_t l = 0; l < W; l++) {
       acc[l] = op.identity();
       for (int64_t k = l; k < K; k += W) acc[l] = op.step(acc[l], load(p + k * W));
@@ -106,31 +108,27 @@ struct Columns {
 // ---- the formulas, on a Row or Columns of K elements
 
 template <class Source>
-f32x16 variance(const Source& x, int64_t K, float correction, f32x16& mean) {
-  mean = x.reduce(Sum{}) / splat((float)K);
-  const float divisor = (float)K - correction;
-  return x.reduce(SumSquares(mean)) / splat(divisor > 0 ? divisor : 0.f);
+f64x16 variance(const Source& x, int64_t K, double correction, f64x16& mean) {
+  mean = x.reduce(Sum{}) / wide((double)K);
+  return x.reduce(SumSquares(mean)) / wide(std::max((double)K - correction, 0.0));
 }
 
 template <class Source>
 f32x16 log_sum_exp(const Source& x) {
   const f32x16 top = x.reduce(Max{});
   const f32x16 finite = select(abs(top) == splat(kInf), zero(), top);
-  return log(x.reduce(SumExp(finite))) + finite;
+  return log(narrow(x.reduce(SumExp(finite)))) + finite;
 }
 
 template <class Source>
-f32x16 vector_norm(const Source& x, int64_t K, float p) {
+f32x16 vector_norm(const Source& x, int64_t K, double p) {
   if (K == 0) return splat(p < 0 ? kInf : 0.f);
-  if (p == 2.f) return sqrt(x.reduce(SumSquares(zero())));
-  if (p == 1.f) return x.reduce(SumAbs{});
-  if (p == 0.f) return x.reduce(CountNonzero{});
+  if (p == 2.0) return narrow(sqrt(x.reduce(SumSquares(wide(0.0)))));
+  if (p == 1.0) return narrow(x.reduce(SumAbs{}));
+  if (p == 0.0) return narrow(x.reduce(CountNonzero{}));
   if (p == kInf) return x.reduce(MaxAbs{1.f});
   if (p == -kInf) return splat(-1.f) * x.reduce(MaxAbs{-1.f});
-  float t[W];
-  store_raw(t, x.reduce(SumPower(p)));
-  for (float& v : t) v = std::pow(v, 1.f / p);
-  return load(t);
+  return narrow(map(x.reduce(SumPower(p)), [=](double v) { return std::pow(v, 1.0 / p); }));
 }
 
 // ---- all outputs of a tensor
@@ -190,25 +188,26 @@ Tensor reduce(const Tensor& self, const Sizes& dim, bool keepdim, ScalarType typ
 // ---- the ops
 
 Tensor sum(const Tensor& self, Sizes dim, bool keepdim, ScalarType type) {
-  return reduce(self, dim, keepdim, type, [](const auto& x, int64_t) { return x.reduce(Sum{}); });
+  return reduce(self, dim, keepdim, type, [](const auto& x, int64_t) { return narrow(x.reduce(Sum{})); });
 }
 Tensor mean(const Tensor& self, Sizes dim, bool keepdim, ScalarType type) {
   return reduce(self, dim, keepdim, type,
-                [](const auto& x, int64_t K) { return x.reduce(Sum{}) / splat((float)K); });
+                [](const auto& x, int64_t K) { return narrow(x.reduce(Sum{}) / wide((double)K)); });
 }
 Tensor prod(const Tensor& self, Sizes dim, bool keepdim, ScalarType type) {
-  return reduce(self, dim, keepdim, type, [](const auto& x, int64_t) { return x.reduce(Product{}); });
+  return reduce(self, dim, keepdim, type,
+                [](const auto& x, int64_t) { return narrow(x.reduce(Product{})); });
 }
 Tensor var(const Tensor& self, Sizes dim, double correction, bool keepdim) {
   return reduce(self, dim, keepdim, self.scalar_type(), [=](const auto& x, int64_t K) {
-    f32x16 mean;
-    return variance(x, K, correction, mean);
+    f64x16 mean;
+    return narrow(variance(x, K, correction, mean));
   });
 }
 Tensor std_(const Tensor& self, Sizes dim, double correction, bool keepdim) {
   return reduce(self, dim, keepdim, self.scalar_type(), [=](const auto& x, int64_t K) {
-    f32x16 mean;
-    return sqrt(variance(x, K, correction, mean));
+    f64x16 mean;
+    return narrow(sqrt(variance(x, K, correction, mean)));
   });
 }
 std::tuple<Tensor, Tensor> var_mean(const Tensor& self, Sizes dim, double correction, bool keepdim) {
@@ -217,9 +216,9 @@ std::tuple<Tensor, Tensor> var_mean(const Tensor& self, Sizes dim, double correc
   Tensor vars = empty(self, split.shape), means = empty(self, split.shape);
   void *v = vars.mutable_data_ptr(), *m = means.mutable_data_ptr();
   for_each_output(self, split, [&](const auto& x, int64_t K, int64_t i, int64_t n) {
-    f32x16 mean;
-    store_as(type, v, i, variance(x, K, correction, mean), n);
-    store_as(type, m, i, mean, n);
+    f64x16 mean;
+    store_as(type, v, i, narrow(variance(x, K, correction, mean)), n);
+    store_as(type, m, i, narrow(mean), n);
   });
   return {vars, means};
 }
@@ -229,7 +228,7 @@ Tensor logsumexp(const Tensor& self, Sizes dim, bool keepdim) {
 }
 Tensor norm(const Tensor& self, double p, Sizes dim, bool keepdim, ScalarType type) {
   return reduce(self, dim, keepdim, type,
-                [=](const auto& x, int64_t K) { return vector_norm(x, K, (float)p); });
+                [=](const auto& x, int64_t K) { return vector_norm(x, K, p); });
 }
 
 }  // namespace

@@ -1,0 +1,71 @@
+"""One source, one answer: every op has the same bits on AVX-512, AVX2 and plain C++."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bicompile import native, registry, testing
+
+SIZES = [
+    {"M": 5, "N": 7, "K": 45, "K1": 5, "K2": 9, "B": 2, "H": 4, "Q": 3, "S": 70, "D": 24, "C": 3, "G": 2},
+    {"M": 37, "N": 50, "K": 64, "K1": 4, "K2": 16, "B": 2, "H": 2, "Q": 19, "S": 33, "D": 16, "C": 2, "G": 1},
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def digests() -> dict[str, str]:
+    """A hash of the bits of every op's results on fixed inputs, subnormal and infinite ones too."""
+    found = {}
+    for kernel in registry.load_all().values():
+        for dtype in DTYPES:
+            digest = hashlib.sha256()
+            for number, sizes in enumerate(SIZES):
+                for case in kernel.contract.cases:
+                    sample = testing.make_sample(kernel, case, dtype, sizes, seed=number)
+                    for tensors in (sample.tensors, _extreme(sample.tensors)):
+                        for out in testing._outputs(sample.run(kernel.op, tensors)):
+                            digest.update(testing.bits(out).numpy().tobytes())
+            found[f"{kernel.name} {dtype}"] = digest.hexdigest()
+    return found
+
+
+def _extreme(tensors):
+    """The tensors with tiny, huge and infinite elements among them."""
+    changed = {}
+    for name, t in tensors.items():
+        if t is not None and t.is_floating_point():
+            t = t.clone()
+            flat = t.view(-1)
+            flat[::3] *= torch.finfo(t.dtype).tiny * 8
+            flat[5::17] *= torch.finfo(t.dtype).max / 64
+            flat[40::101] = torch.inf
+        changed[name] = t
+    return changed
+
+
+def run_with(isa: str) -> dict[str, str]:
+    run = subprocess.run([sys.executable, __file__, isa], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(native.isa() == "plain", reason="this machine has one instruction set")
+@pytest.mark.parametrize("isa", [name for name in native.ISA_FLAGS if name != native.isa()])
+def test_same_bits(isa):
+    if not native.runs(isa):
+        pytest.skip(f"this machine has no {isa}")
+    native.load()
+    ours, theirs = digests(), run_with(isa)
+    different = [name for name in ours if ours[name] != theirs[name]]
+    assert not different
+
+
+if __name__ == "__main__":
+    native.load(sys.argv[1])
+    print(json.dumps(digests()))
