@@ -267,16 +267,17 @@ class Worker:
 def _show(console: Console, name: str, rows: Sequence[Row]) -> None:
     systems = [s for s in ("eager", BASE, OURS) if any(s in row.figures for row in rows)]
     bases = [s for s in systems if s != OURS]
-    table = Table(title=f"{name}: ratio below 1 means that bicompile is faster or smaller")
-    table.add_column("")
+    table = Table(title=f"{name} (a ratio below 1: bicompile takes less)")
+    table.add_column("", no_wrap=True)
     for system in systems:
         table.add_column(system, justify="right")
     for base in bases:
-        table.add_column(f"ratio to {base}", justify="right")
+        table.add_column(f"/ {base}", justify="right")
     for row in rows:
-        figures = [f"{row.figures[s]:.4g} {row.unit}" if s in row.figures else "-" for s in systems]
+        figures = [f"{row.figures[s]:.4g}" if s in row.figures else "-" for s in systems]
         ratios = [row.ratio(b) for b in bases]
         shown = [f"[bold]{r:.2f}[/]" if r is not None else "-" for r in ratios]
-        note = f"\n[red]{escape(row.note)}[/]" if row.note else ""
-        table.add_row(row.what + note, *figures, *shown)
+        table.add_row(f"{row.what} ({row.unit})", *figures, *shown)
+        if row.note:
+            table.add_row(f"[red]{escape(row.note)}[/]")
     console.print(table)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -127,7 +128,7 @@ SCALARIZED = (
     *("erfc", "erfinv", "lgamma", "digamma", "i0", "i0e", "fma"),
 )
 
-_INCLUDE = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
+_PREFIX = re.compile(r"#include .*cpp_prefix.*\n")
 _MISSING: Any = object()
 _lock = threading.RLock()
 _depth = 0
@@ -149,6 +150,11 @@ def _is_float(x: Any, dtype: torch.dtype | None = None) -> bool:
 def _fast(name: str, scalar: Any, vector: Any) -> tuple[Any, Any]:
     """bic::name for float32; other dtypes keep the scalar body, lane by lane in vectors."""
     plain = getattr(scalar, name)
+    if name == "sigmoid":  # Inductor's spelling does not compile lane by lane
+
+        def plain(x: Any) -> str:
+            return f"bic::sigmoid({x})"
+
     lane_by_lane = vector._scalarize(_named(name, lambda x: plain(x)).__func__)
 
     def one(x: Any) -> Any:
@@ -215,7 +221,9 @@ def _with_header(codegen_group: Callable[..., str]) -> Callable[..., str]:
     @functools.wraps(codegen_group)
     def wrapper(*args: Any, **kwargs: Any) -> str:
         source = codegen_group(*args, **kwargs)
-        return source.replace(_INCLUDE, _INCLUDE + header, 1) if "bic::" in source else source
+        if "bic::" not in source:
+            return source
+        return _PREFIX.sub(lambda prefix: prefix.group() + header, source, count=1)
 
     return wrapper
 
@@ -265,6 +273,27 @@ def overrides() -> Iterator[None]:
                     setattr(owner, name, value)
 
 
+@contextlib.contextmanager
+def _one_libdevice() -> Iterator[None]:
+    """Keep Inductor from switching the process to another CUDA libdevice.
+
+    It would do so at its first kernel under `emulate_precision_casts`, and kernels compiled before
+    and after would have other bits.
+    """
+    from torch._inductor import async_compile
+
+    name = "_set_triton_libdevice_path"
+    with _lock:
+        switch = getattr(async_compile, name, None)
+        if switch is not None:
+            setattr(async_compile, name, lambda: None)
+        try:
+            yield
+        finally:
+            if switch is not None:
+                setattr(async_compile, name, switch)
+
+
 # ---- Compilation ---------------------------------------------------------------------------------
 
 
@@ -272,7 +301,7 @@ def compile_inner(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwa
     """Inductor's inner compiler under `overrides()`: takes what `compile_fx` gives to `inner`."""
     from torch._inductor.compile_fx import compile_fx_inner
 
-    with overrides():
+    with overrides(), _one_libdevice():
         return compile_fx_inner(gm, example_inputs, **kwargs)
 
 
@@ -303,8 +332,8 @@ def compile_graph(
     from torch._functorch import config as functorch_config
     from torch._inductor.compile_fx import compile_fx
 
-    seen = {} if caches else {"enable_autograd_cache": False}
-    with functorch_config.patch(**seen):
+    seen: dict[str, Any] = {} if caches else {"enable_autograd_cache": False}
+    with functorch_config.patch(**seen), _one_libdevice():
         return compile_fx(
             gm,
             list(example_inputs),

@@ -231,10 +231,12 @@ def _download(spec: PublishedModel, scratch: Path, console: Console) -> Path:
 
 
 def _size(folder: Path) -> int:
+    """Bytes in a folder in which another process creates and removes files meanwhile."""
     total = 0
-    for file in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += file.stat().st_size if file.is_file() else 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += Path(parent, name).stat().st_size
     return total
 
 

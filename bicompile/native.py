@@ -7,6 +7,7 @@ whole.  All libraries are made by ``build`` in parallel, written to a temporary 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -41,7 +42,7 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {
 shared cache folder to one machine."""
 
 FLAGS = (
-    *("-std=c++20", "-O3", "-fPIC", "-shared", "-fvisibility=hidden"),
+    *("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"),
     # No fma that the source does not name, no errno: bits depend on the source alone.
     *("-ffp-contract=off", "-fno-math-errno"),
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the stable ABI of torch 2.10
@@ -119,12 +120,23 @@ def load(isa: str | None = None) -> str:
             wanted = isa or _default_isa()
             for library in build(wanted).values():
                 _load_library(library, wanted)
+            if wanted == "avx512_bf16" and not _dot_is_exact():
+                log.warning("vdpbf16ps of this processor rounds in its own way: not used")
+                _load_library(build("avx512")["matmul"], "avx512")
             _loaded = wanted
         return _loaded
 
 
 def _default_isa() -> str:
     return isa()
+
+
+def _dot_is_exact() -> bool:
+    """Whether the bfloat16 dot product of the processor has the bits that the kernels promise.
+
+    If not, the library of the matmul family has registered nothing.
+    """
+    return bool(ctypes.CDLL(str(_library("matmul", "avx512_bf16"))).bicompile_matmul_is_exact())
 
 
 def _load_library(library: Path, wanted: str) -> None:
@@ -172,8 +184,7 @@ def _compiler_identity() -> str:
         path = compiler()
     except CompilerNotFound:
         return _remembered_compiler()
-    version = _compiler_version(path)
-    return version
+    return _compiler_version(path)
 
 
 def _remembered_compiler() -> str:
@@ -208,11 +219,11 @@ def _compile(family: str, library: Path, isa: str) -> None:
             raise CompilationFailed(command=" ".join(command), output=run.stderr[-4000:])
         checksum = hashlib.sha256(temporary.read_bytes()).hexdigest()
         _replace(checksum.encode(), _checksum(library))
-        os.replace(temporary, library)
+        temporary.replace(library)
         _replace(_compiler_version(compiler()).encode(), cache_folder() / "compiler")
 
 
 def _replace(content: bytes, path: Path) -> None:
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(content)
-    os.replace(file.name, path)
+    Path(file.name).replace(path)

@@ -22,9 +22,10 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bicompile.graph import value
+from bicompile.registry import load_all
 
 aten = torch.ops.aten
-_SDPA = torch.ops.bicompile.sdpa.default
+_SDPA = load_all()["sdpa"].op
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 

@@ -355,9 +355,9 @@ def test_matmul_accuracy(kind, dtype, tf32):
 
 # ---- attention -------------------------------------------------------------------------------
 
-LONG = 150 if INTERPRET else 1300
+LONG = 80 if INTERPRET else 1300
 if INTERPRET:
-    attention.CHUNK = 64
+    attention.CHUNK, attention.TILE, attention.MERGE_ROWS = 32, {2: 16, 4: 16}, 128
 
 
 def _qkv(b, h, hkv, q, s, d, dv, dtype):
@@ -376,7 +376,7 @@ def _causal(q, s, past=0):
     return torch.ones(q, s, dtype=torch.bool, device=DEVICE).tril(past)
 
 
-HEADS = ((4, 2, 16, 16), (3, 1, 20, 24)) if INTERPRET else (
+HEADS = ((3, 1, 20, 24),) if INTERPRET else (
     (8, 2, 64, 64), (9, 3, 64, 64), (8, 8, 128, 128), (4, 1, 80, 96), (2, 2, 256, 256),
 )  # fmt: skip
 attention_case = pytest.mark.parametrize("h,hkv,d,dv", HEADS)
@@ -433,10 +433,10 @@ def test_attention_prefill_chunks_and_decode(h, hkv, d, dv, dtype):
 @attention_case
 @each_dtype
 def test_masked_keys_are_absent(h, hkv, d, dv, dtype):
-    n = 70 if INTERPRET else 600
+    n = 40 if INTERPRET else 600
     q, k, v = _qkv(2, h, hkv, n, n, d, dv, dtype)
     whole = sdpa(q, k, v, causal=True)
-    for left in (1, 64, 130):
+    for left in (1, 33) if INTERPRET else (1, 64, 130):
         def padded(x, fill, left=left):
             y = torch.full((2, hkv, left + n + 3, x.shape[-1]), fill, dtype=dtype, device=DEVICE)
             y[0, :, left : left + n], y[1, :, :n] = x[0], x[1]

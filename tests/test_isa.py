@@ -6,19 +6,21 @@ import hashlib
 import json
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
 
 from bicompile import native, registry, testing
 
-SIZES = [
-    {"M": 5, "N": 7, "K": 45, "K1": 5, "K2": 9, "B": 2, "H": 4, "Q": 3, "S": 70, "D": 24, "C": 3, "G": 2},
-    {"M": 37, "N": 50, "K": 64, "K1": 4, "K2": 16, "B": 2, "H": 2, "Q": 19, "S": 33, "D": 16, "C": 2, "G": 1},
-]
+AXES = ("M", "N", "K", "K1", "K2", "B", "H", "Q", "S", "D", "C", "G")
+SMALL = (5, 7, 45, 5, 9, 2, 4, 3, 70, 24, 3, 2)
+LARGE = (37, 50, 64, 4, 16, 2, 2, 19, 33, 16, 2, 1)
+SIZES = [dict(zip(AXES, sizes, strict=True)) for sizes in (SMALL, LARGE)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+@cache
 def digests() -> dict[str, str]:
     """A hash of the bits of every op's results on fixed inputs, subnormal and infinite ones too."""
     found = {}
@@ -50,7 +52,8 @@ def _extreme(tensors):
 
 
 def run_with(isa: str) -> dict[str, str]:
-    run = subprocess.run([sys.executable, __file__, isa], capture_output=True, text=True, check=False)
+    command = [sys.executable, __file__, isa]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -71,11 +73,18 @@ def test_fake_agrees_with_the_kernel(kernel):
         )
 
 
+# PyTorch's own op has no value there.
+UNDEFINED = {("group_norm", "K"), ("group_norm", "K1"), ("group_norm", "K2")}
+
+
 @each_kernel
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
 def test_zero_sizes(kernel):
     for case in kernel.contract.cases:
         for axis in case.axes:
-            if axis in ("1", "C", "G", "D"):
+            if axis in ("1", "C", "G", "D", "H") or (kernel.name, axis) in UNDEFINED:
+                continue
+            if kernel.name == "norm" and axis[0] == "K" and not 0 <= case.params["p"] < math.inf:
                 continue
             sizes = {**SIZES, "K": 7, "S": 9, "Q": 5, "M": 3, "N": 2, axis: 0}
             sample = testing.make_sample(kernel, case, torch.float32, sizes)

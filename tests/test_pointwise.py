@@ -12,154 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
+from pointwise_functions import FUNCTIONS, VARIANT, Function
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx_inner
 
 from bicompile import inductor
 from bicompile.errors import UnknownOption
-
-Function = Callable[[Tensor], Tensor]
-S = torch.special
-
-FUNCTIONS: dict[str, Function] = {
-    # exponentials and logarithms
-    "exp": torch.exp,
-    "exp2": torch.exp2,
-    "expm1": torch.expm1,
-    "log": lambda x: torch.log(x.abs()),
-    "log2": lambda x: torch.log2(x.abs()),
-    "log10": lambda x: torch.log10(x.abs()),
-    "log1p": lambda x: torch.log1p(x.abs()),
-    "log of negative": torch.log,
-    "logaddexp": lambda x: torch.logaddexp(x, x * 0.5),
-    "logit": lambda x: torch.logit(torch.sigmoid(x)),
-    "xlogy": lambda x: torch.xlogy(x, x.abs()),
-    "entr": S.entr,
-    # powers and roots
-    "pow 2.3": lambda x: x.abs() ** 2.3,
-    "pow 3": lambda x: x**3,
-    "pow x": lambda x: torch.pow(x.abs(), x),
-    "pow of scalar": lambda x: torch.pow(1.7, x),
-    "sqrt": lambda x: x.abs().sqrt(),
-    "rsqrt": lambda x: x.abs().rsqrt(),
-    "square": torch.square,
-    "reciprocal": torch.reciprocal,
-    "hypot": lambda x: torch.hypot(x, x + 1),
-    # circular and hyperbolic functions
-    "sin": torch.sin,
-    "cos": torch.cos,
-    "tan": torch.tan,
-    "sinc": torch.sinc,
-    "asin": lambda x: torch.asin(x * 0.2),
-    "acos": lambda x: torch.acos(x * 0.2),
-    "atan": torch.atan,
-    "atan2": lambda x: torch.atan2(x, x * x + 0.1),
-    "sinh": torch.sinh,
-    "cosh": torch.cosh,
-    "tanh": torch.tanh,
-    "asinh": torch.asinh,
-    "acosh": lambda x: torch.acosh(x.abs() + 1),
-    "atanh": lambda x: torch.atanh(x * 0.2),
-    # activations
-    "sigmoid": torch.sigmoid,
-    "logsigmoid": F.logsigmoid,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "softplus": F.softplus,
-    "mish": F.mish,
-    "elu": F.elu,
-    "selu": F.selu,
-    "celu": F.celu,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": lambda x: F.leaky_relu(x, 0.1),
-    "hardswish": F.hardswish,
-    "hardsigmoid": F.hardsigmoid,
-    "hardtanh": F.hardtanh,
-    "threshold": lambda x: F.threshold(x, 0.1, 2.0),
-    "softsign": F.softsign,
-    "tanhshrink": F.tanhshrink,
-    "swiglu chain": lambda x: (F.silu(x) * x + x).tanh() * 0.5,
-    "rotary chain": lambda x: x * torch.cos(x) + (1 - x) * torch.sin(x),
-    # special functions
-    "erf": torch.erf,
-    "erfc": torch.erfc,
-    "erfcx": S.erfcx,
-    "erfinv": lambda x: torch.erfinv(torch.tanh(x)),
-    "ndtr": S.ndtr,
-    "ndtri": lambda x: S.ndtri(torch.sigmoid(x)),
-    "log_ndtr": S.log_ndtr,
-    "lgamma": torch.lgamma,
-    "digamma": torch.digamma,
-    "polygamma": lambda x: torch.polygamma(1, x),
-    "i0": torch.i0,
-    "i0e": S.i0e,
-    "i1": S.i1,
-    "i1e": S.i1e,
-    "bessel_j0": S.bessel_j0,
-    "bessel_j1": S.bessel_j1,
-    "bessel_y0": S.bessel_y0,
-    # arithmetic
-    "neg": torch.neg,
-    "abs": torch.abs,
-    "sign": torch.sign,
-    "sgn": torch.sgn,
-    "div": lambda x: x / 1.7,
-    "div of scalar": lambda x: 1.7 / x,
-    "multiply and add": lambda x: x * 1.3 + x * 0.7,
-    "addcmul": lambda x: torch.addcmul(x, x, x, value=0.3),
-    "addcdiv": lambda x: torch.addcdiv(x, x, x.abs() + 1, value=0.3),
-    "lerp": lambda x: torch.lerp(x, x * 2.1, 0.3),
-    "remainder": lambda x: torch.remainder(x, 0.7),
-    "remainder of scalar": lambda x: torch.remainder(torch.full_like(x, 5.3), x),
-    "fmod": lambda x: torch.fmod(x, 0.7),
-    "floor_divide": lambda x: torch.floor_divide(x, 0.7),
-    "div trunc": lambda x: torch.div(x, 0.7, rounding_mode="trunc"),
-    "copysign": lambda x: torch.copysign(x, x - 1),
-    "nextafter": lambda x: torch.nextafter(x, x * 2),
-    "ldexp": lambda x: torch.ldexp(x, x.new_full((), 3)),
-    "frexp mantissa": lambda x: torch.frexp(x)[0],
-    # rounding and comparison
-    "floor": torch.floor,
-    "ceil": torch.ceil,
-    "round": torch.round,
-    "round to decimals": lambda x: torch.round(x, decimals=2),
-    "trunc": torch.trunc,
-    "frac": torch.frac,
-    "clamp": lambda x: x.clamp(-1, 1),
-    "maximum": lambda x: torch.maximum(x, -x * 2),
-    "minimum": lambda x: torch.minimum(x, -x * 2),
-    "maximum of zeros": lambda x: torch.maximum(x, -x * 0),
-    "minimum of zeros": lambda x: torch.minimum(x, -x * 0),
-    "fmax": lambda x: torch.fmax(x, 0.3 * x),
-    "fmin": lambda x: torch.fmin(x, 0.3 * x),
-    "where": lambda x: torch.where(x > 0, x * 2, x + 1),
-    "masked_fill": lambda x: x.masked_fill(x > 1, -1e4),
-    "nan_to_num": torch.nan_to_num,
-    "heaviside": lambda x: torch.heaviside(x, x * 0 + 0.5),
-    # conversions
-    "bfloat16 and back": lambda x: x.to(torch.bfloat16).float(),
-    "float16 and back": lambda x: x.to(torch.float16).float(),
-    "float64 and back": lambda x: (x.double() * 1.1).float(),
-    "to int64": lambda x: x.to(torch.int64),
-    "to int32": lambda x: x.to(torch.int32),
-    "to int8": lambda x: x.to(torch.int8),
-    "to uint8": lambda x: x.to(torch.uint8),
-    "to bool": lambda x: x.to(torch.bool),
-    "isnan": torch.isnan,
-    "signbit": torch.signbit,
-    "bits": lambda x: (x.float().view(torch.int32) & 0xFF).float(),
-}
-
-# Functions that plain Inductor computes by two algorithms, one for vectors and one for scalars.
-VARIANT = (
-    *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "logaddexp", "logit", "xlogy"),
-    *("pow 2.3", "pow x", "sin", "cos", "tan", "sinc", "asin", "acos", "atan", "atan2", "sinh"),
-    *("cosh", "tanh", "asinh", "acosh", "atanh", "sigmoid", "silu", "gelu", "gelu tanh", "mish"),
-    *("softplus", "elu", "swiglu chain", "rotary chain", "erf", "erfc", "erfinv", "ndtr", "lgamma"),
-    *("remainder", "remainder of scalar", "to int8"),
-)
 
 SIZES = (1, 2, 3, 7, 8, 15, 16, 17, 33, 64, 70, 127, 130, 1000, 4097)
 SPECIAL = (
@@ -322,6 +180,20 @@ def test_canary_plain_inductor_is_caught():
     sweep.strided()
     assert len(sweep.found) >= 30, sweep.found
     assert "beside 1000000.0" in sweep.found["sin"]  # its vector form reads the other lanes
+
+
+def test_vector_widths_give_the_same_bits():
+    x = torch.cat([base_row(4097, torch.float32), torch.linspace(-6e4, 6e4, 2000)])
+    names = [name for name in FUNCTIONS if name in inductor.FAST]
+    assert len(names) == len(inductor.FAST)
+    results = []
+    for width in (None, 256, 1):  # the widest, AVX2, scalar
+        sweep = Sweep(names, torch.float32)
+        with torch._inductor.config.patch({"cpp.simdlen": width}):
+            results.append([bits(out) for out in sweep.compile(lambda f, x: f(x))(x)])
+    for other in results[1:]:
+        for name, a, b in zip(names, results[0], other, strict=True):
+            assert torch.equal(a, b), name
 
 
 # ---- Accuracy ------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ def rewrite(function, *args, **options):
         run_pipeline(gm, run)
         before = str(gm.graph)
         run_pipeline(gm, Run(Options.parse(options), Report("again")))
-        assert str(gm.graph) == before, "the pipeline is not idempotent"
+        if "fuel" not in options:
+            assert str(gm.graph) == before, "the pipeline is not idempotent"
         graphs.append(gm)
         return gm.forward
 
@@ -55,16 +56,17 @@ def count(gm, op):
 
 
 V, M, N, B = x(8), x(5, 8), x(8, 6), x(3, 5, 8)
+C1, C2, C3, C4 = x(6), x(3, 5, 5), x(5), x(5, 5)
 RULE_CASES = {
     aten.mm.default: (torch.mm, M, N),
     aten.bmm.default: (torch.bmm, B, B.mT),
-    aten.addmm.default: (lambda a, b: torch.addmm(x(6), a, b, beta=0.5, alpha=2), M, N),
-    aten.baddbmm.default: (lambda a: torch.baddbmm(x(3, 5, 5), a, a.mT, beta=0.5, alpha=2), B),
+    aten.addmm.default: (lambda a, b: torch.addmm(C1, a, b, beta=0.5, alpha=2), M, N),
+    aten.baddbmm.default: (lambda a: torch.baddbmm(C2, a, a.mT, beta=0.5, alpha=2), B),
     aten.mv.default: (torch.mv, M, V),
     aten.dot.default: (torch.dot, V, V),
     aten.vdot.default: (torch.vdot, V, V),
-    aten.addmv.default: (lambda a, b: torch.addmv(x(5), a, b, beta=2, alpha=3), M, V),
-    aten.addbmm.default: (lambda a: torch.addbmm(x(5, 5), a, a.mT, beta=2, alpha=3), B),
+    aten.addmv.default: (lambda a, b: torch.addmv(C3, a, b, beta=2, alpha=3), M, V),
+    aten.addbmm.default: (lambda a: torch.addbmm(C4, a, a.mT, beta=2, alpha=3), B),
     aten.sum.default: (torch.sum, B),
     aten.sum.dim_IntList: (lambda t: t.sum((0, -1), keepdim=True), B),
     aten.mean.default: (torch.mean, B),
@@ -79,7 +81,7 @@ RULE_CASES = {
     aten.norm.Scalar: (lambda t: aten.norm.Scalar(t, 2), B),
     aten.norm.ScalarOpt_dim: (lambda t: aten.norm.ScalarOpt_dim(t, 1, [1]), B),
     aten.norm.ScalarOpt_dim_dtype: (
-        lambda t: aten.norm.ScalarOpt_dim_dtype(t, 2, [1], dtype=torch.float32),
+        lambda t: aten.norm.ScalarOpt_dim_dtype(t, 2, [1], False, dtype=torch.float32),
         B,
     ),
     aten._softmax.default: (lambda t: F.softmax(t, 1), B),

@@ -1,4 +1,23 @@
-"""The attention family."""
+"""Scaled dot product attention: sdpa.
+
+`softmax(query @ key.T * scale + mask) @ value`; groups of query heads may share a key head.
+
+Bits: on the CPU, for one row (a query of one head), float32::
+
+    s[j] = fma chain over even d + fma chain over odd d, * scale, + mask
+    p[j] = exp(s[j] - max(s))                        # the maximum is exact; masked keys: 0
+    for j in range(S):                               # one chain each, from key 0 upwards
+        sum = sum + p[j]
+        o = fma(p[j], value[j], o)
+    out = o / sum + 0.0                              # rounded once; no key seen: 0
+
+Adding 0 * value changes no chain, so masked keys before, between or behind the seen ones change no
+bit; where their values are NaN or infinite the row is taken again without them.  On a GPU: chunks
+of 512 keys counted from the first seen one, merged in order.
+
+Row law: a row reads its query and the keys and values it sees; no number of queries, length of a
+cache, block of rows or thread takes part.
+"""
 
 from bicompile.kernels.attention import op
 

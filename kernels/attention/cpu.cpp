@@ -1,4 +1,4 @@
-// sdpa: whole score rows, exact maximum, one chain over the keys, in the order of kernels/attention.
+// sdpa: whole rows of scores, exact maximum, one chain over the keys: see kernels/attention.
 #include "mask.h"
 #include "products.h"
 
@@ -31,7 +31,8 @@ class Attention {
     block_ = std::clamp<int64_t>(rows / group_, 1, Q_);
     const int64_t blocks = (Q_ + block_ - 1) / block_;
     if (blocks > 1) pack_all();
-    parallel(B_ * G_ * blocks, block_ * group_ * S_ * (D_ + Dv_) / W, [&](int64_t begin, int64_t end) {
+    const int64_t work = block_ * group_ * S_ * (D_ + Dv_) / W;
+    parallel(B_ * G_ * blocks, work, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t at = blocks - 1 - i % blocks, head = i / blocks;  // long causal rows first
         task(head / G_, head % G_, at * block_, std::min(Q_, (at + 1) * block_));
@@ -63,7 +64,8 @@ class Attention {
     const int64_t panels = (S_ + kPanel - 1) / kPanel;
     packed_.emplace(B_ * G_ * panels * kPanel * Dp_);
     std::vector<Keys> needed(B_ * G_);
-    for (int64_t i = 0; i < B_ * G_; i++) needed[i] = seen({i / G_, i % G_, 0, Q_, Q_ * group_, group_});
+    for (int64_t i = 0; i < B_ * G_; i++)
+      needed[i] = seen({i / G_, i % G_, 0, Q_, Q_ * group_, group_});
     parallel(B_ * G_ * panels, kPanel * D_, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t head = i / panels, j = i % panels * kPanel;
@@ -168,7 +170,8 @@ class Attention {
   }
 
   // A row again, without touching the values of masked keys: they may be NaN or infinite.
-  void careful_row(const Rows& r, int64_t i, Keys range, const float* p, float sum, float* o) const {
+  void careful_row(const Rows& r, int64_t i, Keys range, const float* p, float sum,
+                   float* o) const {
     std::fill_n(o, Dvp_, 0.f);
     for (int64_t k = range.begin; k < range.end; k++) {
       const float weight = p[k - range.begin];

@@ -15,6 +15,7 @@ from bicompile.kernels.attention.tiles import attend_chunk, merge, merge_run
 from bicompile.kernels.common.trees import LOG2E, OPTIONS, strides
 
 CHUNK = 512  # pinned: keys of a chunk
+MERGE_ROWS = 4  # rows of a program of the merge (free)
 FAR = 1 << 22  # strides of keys and columns stay below this
 TILE = {2: 64, 4: 32}  # pinned: keys of a tile, by bytes per element
 
@@ -210,9 +211,9 @@ def sdpa(query, key, value, attn_mask, is_causal, scale, chosen=None, split=None
     )  # fmt: skip
     if split:
         columns = min(dvp, 32)
-        merge_kernel[(triton.cdiv(b * hkv * rows, 4), dvp // columns)](
+        merge_kernel[(triton.cdiv(b * hkv * rows, MERGE_ROWS), dvp // columns)](
             top, total, acc, out, b * hkv * rows, q_len, chunks,
-            H=h, G=g, DV=dv, R=4, COLUMNS=columns, AHEAD=4, num_warps=1, **OPTIONS,
+            H=h, G=g, DV=dv, R=MERGE_ROWS, COLUMNS=columns, AHEAD=4, num_warps=1, **OPTIONS,
         )  # fmt: skip
     return out.transpose(1, 2)
 

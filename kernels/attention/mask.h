@@ -45,7 +45,8 @@ class Mask {
 
   // What is added to the scores of keys j to j + n: -inf where a key is not seen.
   void fill(int64_t b, int64_t h, int64_t q, int64_t j, int64_t n, float* out) const {
-    const int64_t at = b % size_[0] * stride_[0] + h % size_[1] * stride_[1] + q % size_[2] * stride_[2];
+    const int64_t at =
+        b % size_[0] * stride_[0] + h % size_[1] * stride_[1] + q % size_[2] * stride_[2];
     if (type_ == ScalarType::Bool) {
       copy(static_cast<const uint8_t*>(p_) + at, j, n, out,
            [](uint8_t seen) { return seen ? 0.f : -INFINITY; });

@@ -17,12 +17,14 @@ void pack_keys(const T* k, int64_t stride, int64_t keys, int64_t D, float* out) 
   for (int64_t j = 0; j < kPanel; j += W)
     for (int64_t d = 0; d < D; d += W) {
       i32x16 r[W];
-      for (int64_t i = 0; i < W; i++) {
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++) {
         const T* p = k + (j + i) * stride + d;
         r[i] = as_int(j + i >= keys ? zero() : D - d >= W ? load(p) : load(p, D - d));
       }
       transpose(r);
-      for (int64_t i = 0; i < W; i++) store_raw(out + (d + i) * kPanel + j, as_float(r[i]));
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++) store_raw(out + (d + i) * kPanel + j, as_float(r[i]));
     }
 }
 // The same for bfloat16, two neighbouring elements at a time.
@@ -31,14 +33,17 @@ inline void pack_keys(const bf16* k, int64_t stride, int64_t keys, int64_t D, fl
   for (int64_t j = 0; j < kPanel; j += W)
     for (int64_t d = 0; d < D; d += kPairs) {
       i32x16 r[W];
-      for (int64_t i = 0; i < W; i++) {
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++) {
         bf16 buffer[kPairs] = {};
         const bf16* p = k + (j + i) * stride + d;
         if (j + i < keys && D - d < kPairs) std::memcpy(buffer, p, (D - d) * sizeof(bf16));
         r[i] = load_words(j + i < keys && D - d >= kPairs ? p : buffer);
       }
       transpose(r);
-      for (int64_t i = 0; i < W && d + 2 * i < D; i++) {
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++) {
+        if (d + 2 * i >= D) break;
         float* to = out + (d + 2 * i) * kPanel + j;
         store_raw(to, as_float(shift_left_16(r[i])));
         store_raw(to + kPanel, as_float(r[i] & splat_int((int32_t)0xffff0000)));
@@ -50,10 +55,9 @@ inline void pack_keys(const bf16* k, int64_t stride, int64_t keys, int64_t D, fl
 template <int MR, int NV>
 BIC_INLINE void score_tile(const float* q, int64_t ldq, const float* panel, int64_t D, float* s,
                            int64_t lds) {
-  f32x16 acc[2][MR][NV];
-  for (auto& chain : acc)
-    for (auto& row : chain)
-      for (auto& v : row) v = zero();
+  f32x16 acc[2 * MR * NV];
+#pragma GCC unroll 32
+  for (int i = 0; i < 2 * MR * NV; i++) acc[i] = zero();
   for (int64_t d = 0; d < D; d += 2)
 #pragma GCC unroll 2
     for (int odd = 0; odd < 2; odd++) {
@@ -64,13 +68,17 @@ BIC_INLINE void score_tile(const float* q, int64_t ldq, const float* panel, int6
       for (int m = 0; m < MR; m++) {
         const f32x16 x = splat(q[m * ldq + d + odd]);
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) acc[odd][m][j] = fma(x, k[j], acc[odd][m][j]);
+        for (int j = 0; j < NV; j++) {
+          f32x16& sum = acc[(odd * MR + m) * NV + j];
+          sum = fma(x, k[j], sum);
+        }
       }
     }
 #pragma GCC unroll 4
   for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) store_raw(s + m * lds + j * W, acc[0][m][j] + acc[1][m][j]);
+    for (int j = 0; j < NV; j++)
+      store_raw(s + m * lds + j * W, acc[m * NV + j] + acc[(MR + m) * NV + j]);
 }
 
 #if defined(__AVX512F__)
@@ -98,8 +106,10 @@ BIC_INLINE void value_tile(const float* p, int64_t ldp, const T* v, int64_t stri
                            int64_t width, float* o, int64_t ldo, float* l) {
   const auto read = [width](const T* x) { return NV > 1 || width == W ? load(x) : load(x, width); };
   f32x16 acc[MR][NV], sum[MR];
+#pragma GCC unroll 4
   for (int m = 0; m < MR; m++) {
     sum[m] = splat(l[m]);
+#pragma GCC unroll 4
     for (int j = 0; j < NV; j++) acc[m][j] = load(o + m * ldo + j * W);
   }
   for (int64_t k = 0; k < keys; k++) {
@@ -114,10 +124,10 @@ BIC_INLINE void value_tile(const float* p, int64_t ldp, const T* v, int64_t stri
       for (int j = 0; j < NV; j++) acc[m][j] = fma(w, x[j], acc[m][j]);
     }
   }
-  float t[W];
+#pragma GCC unroll 4
   for (int m = 0; m < MR; m++) {
-    store_raw(t, sum[m]);
-    l[m] = t[0];
+    l[m] = low(sum[m])[0];
+#pragma GCC unroll 4
     for (int j = 0; j < NV; j++) store_raw(o + m * ldo + j * W, acc[m][j]);
   }
 }

@@ -3,33 +3,23 @@
 import triton
 import triton.language as tl
 
-from bicompile.kernels.common.trees import LOG2E, pair_tree
+from bicompile.kernels.common.trees import LOG2E
 
-LANES = tl.constexpr(8)  # pinned: lanes of the sum of weights
+ONES = tl.constexpr(16)  # columns of ones that sum the weights: what a dot needs at least
 SLICE = tl.constexpr(32)  # columns of the head in one fp32 dot
 
 
 @triton.jit
-def _row_lanes(p, R: tl.constexpr, T: tl.constexpr):
-    """[R, T] -> [R, LANES]: columns LANES apart are folded by halves."""
-    for i in tl.static_range(8):
-        if (T >> (i + 1)) >= LANES:
-            p = tl.sum(tl.reshape(p, [R, 2, T >> (i + 1)]), 1)
-    return p
-
-
-@triton.jit
-def _weigh(s, m, lanes, acc, R: tl.constexpr, T: tl.constexpr):
-    """Weights of a tile of logits (base 2; unseen: -inf) and the rescaled state.
+def _weigh(s, m, TYPE: tl.constexpr):
+    """Weights of a tile of logits (base 2; unseen: -inf), rounded to the type of the values; the
+    new maximum; the factor of what came before.
 
     Exact no-op for a row that sees nothing here: the difference comes first, so the factor is 1.
     """
     m_new = tl.maximum(m, tl.max(s, 1))
     top = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.math.exp2(s - top[:, None])
-    factor = tl.math.exp2(m - top)
-    lanes = lanes * factor[:, None] + _row_lanes(p, R, T)
-    return p, m_new, lanes, acc * factor[:, None]
+    p = tl.math.exp2(s - top[:, None]).to(TYPE)
+    return p, m_new, tl.math.exp2(m - top)[:, None]
 
 
 @triton.jit
@@ -75,13 +65,27 @@ def _sliced_scores(
 
 
 @triton.jit
-def _add_values(p, v, acc):
-    """acc + p @ v; the weights are rounded to the type of the values, as flash attention does."""
-    return tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+def _add(p, v, acc):
+    """acc + p @ v: one chain over the keys of the tile."""
+    return tl.dot(p, v, acc, input_precision="ieee")
 
 
 @triton.jit
-def _special(p, vis, v):
+def _add_weights(p, total):
+    """total + sum(p): a dot with ones, whose order is that of every dot; all columns are equal."""
+    return _add(p, tl.full([p.shape[1], ONES], 1.0, p.dtype), total)
+
+
+@triton.jit
+def _touch(p, vis):
+    """How a row meets the value of a key: 0 unseen, 1 seen, 16384 seen with a weight of 0."""
+    w = p.to(tl.float32)
+    seen = tl.where(w > 0.0, 1.0, tl.where(w == 0.0, 16384.0, 0.0))
+    return tl.where(vis, seen, 0.0).to(p.dtype)
+
+
+@triton.jit
+def _special(touch, v):
     """What inf and NaN values add to the rows that see them, [R, DVP]; 0: nothing.
 
     As p @ v: inf times a weight of 0 is NaN. Counts are exact in any order: a key adds 1 for +inf,
@@ -90,9 +94,7 @@ def _special(p, vis, v):
     x = v.to(tl.float32)
     code = tl.where(x == float("inf"), 1.0, tl.where(x == float("-inf"), 128.0, 16384.0))
     code = tl.where((x - x) != 0.0, code, 0.0).to(v.dtype)
-    p = p.to(v.dtype).to(tl.float32)
-    seen = tl.where(vis & (p > 0.0), 1.0, tl.where(vis & (p == 0.0), 16384.0, 0.0))
-    n = _add_values(seen, code, tl.zeros([p.shape[0], v.shape[1]], tl.float32))
+    n = _add(touch, code, tl.zeros([touch.shape[0], v.shape[1]], tl.float32))
     extra = tl.where(n - tl.floor(n / 128.0) * 128.0 > 0.0, float("inf"), 0.0)
     extra = extra + tl.where(n >= 128.0, float("-inf"), 0.0)
     return tl.where(n >= 16384.0, float("nan"), extra)
@@ -132,7 +134,7 @@ def attend_chunk(
     """
     SLICED: tl.constexpr = q.dtype.is_ptr()
     m = tl.full([R], float("-inf"), tl.float32)
-    lanes = tl.zeros([R, LANES], tl.float32)
+    total = tl.zeros([R, ONES], tl.float32)
     acc = tl.zeros([R, DVP], tl.float32)
     for t in tl.range(lo, mid, num_stages=STAGES):
         key0 = anchor + t * T
@@ -141,8 +143,9 @@ def attend_chunk(
         else:
             s = tl.dot(q, _load_full(K, key0, sks, skd, D, DP, T).T)
         v = _load_full(V, key0, svs, svd, DV, DVP, T)
-        p, m, lanes, acc = _weigh(s * scale, m, lanes, acc, R, T)
-        acc = _add_values(p, v, acc)
+        p, m, factor = _weigh(s * scale, m, v.dtype)
+        total = _add_weights(p, total * factor)
+        acc = _add(p, v, acc * factor)
     for t in tl.range(mid, hi, num_stages=1):
         key0 = anchor + t * T
         there = (key0 + tl.arange(0, T) >= low) & (key0 + tl.arange(0, T) <= top)
@@ -151,14 +154,16 @@ def attend_chunk(
         else:
             s = tl.dot(q, _load(K, key0, there, sks, skd, D, DP, T).T)
         s, vis = _visible(s * scale, key0, first, last, plain, MASK, sms, T, MASKED, BIAS)
-        p, m, lanes, acc = _weigh(s, m, lanes, acc, R, T)
         v = _load(V, key0, there, svs, svd, DV, DVP, T)
+        p, m, factor = _weigh(s, m, v.dtype)
+        total = _add_weights(p, total * factor)
+        touch = _touch(p, vis)
         bad = (v - v) != 0.0
         # the value of a key that a row does not see must add nothing, not even NaN
-        acc = _add_values(p, tl.where(bad, 0.0, v).to(v.dtype), acc)
+        acc = _add(p, tl.where(bad, 0.0, v).to(v.dtype), acc * factor)
         if tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0:
-            acc = acc + _special(p, vis, _load(V, key0, there, svs, svd, DV, DVP, T))
-    return m, pair_tree(lanes, R, LANES), acc
+            acc = acc + _special(touch, _load(V, key0, there, svs, svd, DV, DVP, T))
+    return m, tl.max(total, 1), acc
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 // Sixteen float lanes with the same bits on AVX-512, AVX2 and plain C++.
 //
-// Every operation here is exactly rounded (IEEE +, -, *, /, sqrt, fma, conversions), so an instruction
-// set may change the speed but no bit. `f32x16` is a GNU vector on AVX-512 and a pair of 8-lane GNU
-// vectors elsewhere (GCC keeps vectors wider than a register in memory, a pair stays in registers).
+// Every operation here is exactly rounded (IEEE +, -, *, /, sqrt, fma, conversions), so that an
+// instruction set may change the speed but no bit. `f32x16` is a GNU vector on AVX-512 and a pair of
+// 8-lane ones elsewhere (GCC keeps vectors wider than a register in memory, a pair in registers).
 // A NaN is stored as the one positive quiet NaN: payloads would depend on the operand order.
 #ifndef BICOMPILE_LANES_H
 #define BICOMPILE_LANES_H
@@ -178,7 +178,8 @@ BIC_INLINE f32x16 widen(__m256i v, bf16) {
 }
 BIC_INLINE f32x16 widen(__m256i v, f16) { return (f32x16)_mm512_cvtph_ps(v); }
 BIC_INLINE __m256i narrow(f32x16 v, bf16) {
-  const __m512i u = (__m512i)v, odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i u = (__m512i)v;
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
   r = _mm512_mask_mov_epi32(_mm512_srli_epi32(r, 16), nan, _mm512_set1_epi32(0x7fc0));
@@ -241,9 +242,10 @@ BIC_INLINE f32x8 widen8(const f16* p) {
   return (f32x8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 }
 BIC_INLINE void narrow8(bf16* p, f32x8 v) {
-  const __m256i u = (__m256i)v, odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i u = (__m256i)v;
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  r = (__m256i)((i32x8)(v == v) ? (i32x8)_mm256_srli_epi32(r, 16) : (i32x8)_mm256_set1_epi32(0x7fc0));
+  r = _mm256_blendv_epi8(_mm256_set1_epi32(0x7fc0), _mm256_srli_epi32(r, 16), (__m256i)(v == v));
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
   _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
 }
@@ -313,7 +315,8 @@ BIC_INLINE float tree(f32x16 v, Op op) {
 }
 BIC_INLINE float tree_sum(f32x16 v) {
   const f32x8 a = low(v) + high(v);
-  const f32x4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  const f32x4 b =
+      __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
   return (b[0] + b[2]) + (b[1] + b[3]);
 }
 

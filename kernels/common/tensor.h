@@ -159,7 +159,8 @@ template <class T>
 class Rows {
  public:
   Rows(const Tensor& t, Axes kept, Axes row)
-      : base_(t.const_data_ptr()), type_(t.scalar_type()), kept_(std::move(kept)), row_(std::move(row)),
+      : base_(t.const_data_ptr()), type_(t.scalar_type()), kept_(std::move(kept)),
+        row_(std::move(row)),
         in_place_(type_ == dtype_of<T> && row_.rank() <= 1 && row_.inner_stride() == 1),
         buffer_(in_place_ ? 0 : row_.numel()) {}
   const T* operator[](int64_t i) const {

@@ -17,6 +17,7 @@ typedef uint32_t Word;
 template <class T>
 struct Single {
   using Element = T;
+  using Panel = Single<float>;  // what works on packed words
   using Vector = f32x16;
   static constexpr int kBlock = 16;
   static constexpr bool kFlush = false;
@@ -29,6 +30,7 @@ struct Single {
 
 struct PairByFma {
   using Element = bf16;
+  using Panel = PairByFma;
   struct Vector {
     f32x16 odd, even;
   };
@@ -53,6 +55,7 @@ struct PairByFma {
 #if defined(__AVX512BF16__)
 struct PairByDot {
   using Element = bf16;
+  using Panel = PairByDot;
   using Vector = __m512bh;
   static constexpr int kBlock = 32;
   static constexpr bool kFlush = false;
@@ -79,9 +82,11 @@ inline bool dot_equals_fma() {
         // Near 1 in even rounds; in odd ones products and sums around the least normal number.
         const uint32_t exponent = round % 2 ? 55 + random() % 14 : 120 + random() % 14;
         a[i].bits = (uint16_t)((random() & 0x807f) | exponent << 7);
-        b[i].bits = (uint16_t)((random() & 0x807f) | (round % 8 == 7 ? random() % 3 : exponent) << 7);
+        const uint32_t other = round % 8 == 7 ? random() % 3 : exponent;  // subnormals too
+        b[i].bits = (uint16_t)((random() & 0x807f) | other << 7);
       }
-      for (auto& x : start) x = to_float(bf16{(uint16_t)(random() & (round % 2 ? 0x80ff : 0xbfff))});
+      const uint32_t kept = round % 2 ? 0x80ff : 0xbfff;
+      for (auto& x : start) x = to_float(bf16{(uint16_t)(random() & kept)});
       {
         FloatMode mode;
         store_raw(by_dot, PairByDot::mac(load(start), PairByDot::read(a), PairByDot::read(b)));
@@ -98,6 +103,11 @@ inline bool dot_equals_fma() {
   }();
   return equal;
 }
+using Pair = PairByDot;
+inline bool pair_is_exact() { return dot_equals_fma(); }
+#else
+using Pair = PairByFma;
+inline bool pair_is_exact() { return true; }
 #endif
 
 }  // namespace bic::simd

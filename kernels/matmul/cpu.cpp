@@ -76,10 +76,10 @@ struct Product {
   }
   void panel_rows(const Word* rows, const Word* panel, int64_t m, int64_t m1, int64_t n,
                   int64_t nv) const {
-    if (nv == 1) panel_blocks<P, 1>(rows, panel, m, m1, K, out, n, N);
+    if (nv == 1) panel_blocks<typename P::Panel, T, 1>(rows, panel, m, m1, K, n, N, out);
     if constexpr (kPanelN == 3) {
-      if (nv == 2) panel_blocks<P, 2>(rows, panel, m, m1, K, out, n, N);
-      if (nv == 3) panel_blocks<P, 3>(rows, panel, m, m1, K, out, n, N);
+      if (nv == 2) panel_blocks<typename P::Panel, T, 2>(rows, panel, m, m1, K, n, N, out);
+      if (nv == 3) panel_blocks<typename P::Panel, T, 3>(rows, panel, m, m1, K, n, N, out);
     }
   }
 };
@@ -154,14 +154,8 @@ Tensor product(const Tensor& left_, const Tensor& right_, const Bias& bias) {
   const Operand a = left(left_), b = right(right_);
   dispatch(left_.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    if constexpr (std::is_same_v<T, bf16>) {
-#if defined(__AVX512BF16__)
-      if (dot_equals_fma()) return run<PairByDot>(a, b, bias, c);
-#endif
-      run<PairByFma>(a, b, bias, c);
-    } else {
-      run<Single<T>>(a, b, bias, c);
-    }
+    if constexpr (std::is_same_v<T, bf16>) run<Pair>(a, b, bias, c);
+    else run<Single<T>>(a, b, bias, c);
   });
   return c;
 }
@@ -181,7 +175,13 @@ Tensor baddbmm(const Tensor& self, const Tensor& batch1, const Tensor& batch2, d
 
 }  // namespace
 
+// Whether this build has the right bits on this machine; if not it registers nothing.
+extern "C" __attribute__((visibility("default"))) int bicompile_matmul_is_exact() {
+  return pair_is_exact();
+}
+
 STABLE_TORCH_LIBRARY_IMPL(bicompile, CPU, m) {
+  if (!pair_is_exact()) return;
   m.impl("mm", TORCH_BOX(&mm));
   m.impl("addmm", TORCH_BOX(&addmm));
   m.impl("bmm", TORCH_BOX(&bmm));

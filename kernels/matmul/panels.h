@@ -8,6 +8,8 @@
 #ifndef BICOMPILE_MATMUL_PANELS_H
 #define BICOMPILE_MATMUL_PANELS_H
 
+#include <algorithm>
+
 #include "../common/transpose.h"
 #include "arithmetic.h"
 #include "output.h"
@@ -28,7 +30,9 @@ int64_t steps_of(int64_t K) { return (K + P::kBlock - 1) / P::kBlock; }
 // Words from one pair of lanes to the next, and of a whole panel; the odd line keeps pairs out of
 // each other's cache sets.
 inline int64_t pair_stride(int64_t steps, int64_t width) { return 2 * steps * width + 16; }
-inline int64_t panel_size(int64_t steps, int64_t width) { return W / 2 * pair_stride(steps, width); }
+inline int64_t panel_size(int64_t steps, int64_t width) {
+  return W / 2 * pair_stride(steps, width);
+}
 
 // 16 words of one row from element k on: elements at K and beyond are 0.
 template <class T>
@@ -48,8 +52,10 @@ template <class P>
 BIC_INLINE void turn_rows(const typename P::Element* p, int64_t ld, int64_t rows, int64_t k,
                           int64_t K, i32x16* r) {
   i32x16 t[W];
-  for (int64_t i = 0; i < W; i++) t[i] = i < rows ? words(p + i * ld, k, K) : splat_int(0);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++) t[i] = i < rows ? words(p + i * ld, k, K) : splat_int(0);
   transpose(t);
+#pragma GCC unroll 16
   for (int i = 0; i < W; i++) r[i] = t[kLaneOrder[i]];
 }
 
@@ -61,6 +67,7 @@ void pack_b_rows(const typename P::Element* p, int64_t ld, int64_t rows, int64_t
   for (int64_t s = 0; s < steps; s++) {
     i32x16 r[W];
     turn_rows<P>(p, ld, rows, s * P::kBlock, K, r);
+#pragma GCC unroll 16
     for (int i = 0; i < W; i++)
       std::memcpy(out + i / 2 * stride + (2 * s + i % 2) * width, &r[i], sizeof(r[i]));
   }
@@ -73,22 +80,46 @@ inline int64_t block_rows(int64_t m, int64_t M) {
   return rows;
 }
 
+// Words [m, m + n) of v.
+BIC_INLINE void store_words(Word* p, i32x16 v, int64_t m, int64_t n) {
+  Word t[W];
+  std::memcpy(t, &v, sizeof(t));
+  std::memcpy(p, t + m, n * sizeof(Word));
+}
+#if defined(__AVX512F__)
+// 16 rows as four blocks `block` words apart.
+BIC_INLINE void store_blocks(Word* p, i32x16 v, int64_t block) {
+  const __m512i x = (__m512i)v;
+  _mm_storeu_si128((__m128i*)p, _mm512_castsi512_si128(x));
+  _mm_storeu_si128((__m128i*)(p + block), _mm512_extracti32x4_epi32(x, 1));
+  _mm_storeu_si128((__m128i*)(p + 2 * block), _mm512_extracti32x4_epi32(x, 2));
+  _mm_storeu_si128((__m128i*)(p + 3 * block), _mm512_extracti32x4_epi32(x, 3));
+}
+#else
+BIC_INLINE void store_blocks(Word* p, i32x16 v, int64_t block) {
+  for (int64_t m = 0; m < W; m += kPanelM, p += block) store_words(p, v, m, kPanelM);
+}
+#endif
+
 // Packs up to 16 rows of a as blocks of kPanelM, the last ones smaller, each block a panel.
 template <class P>
 void pack_a(const typename P::Element* p, int64_t ld, int64_t rows, int64_t K, Word* out) {
-  const int64_t steps = steps_of<P>(K);
+  const int64_t steps = steps_of<P>(K), whole = panel_size(steps, kPanelM);
   for (int64_t s = 0; s < steps; s++) {
     i32x16 r[W];
     turn_rows<P>(p, ld, rows, s * P::kBlock, K, r);
+    if (rows == W) {
+      Word* to = out + 2 * s * kPanelM;
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++)
+        store_blocks(to + i / 2 * pair_stride(steps, kPanelM) + i % 2 * kPanelM, r[i], whole);
+      continue;
+    }
     Word* block = out;
     for (int64_t m = 0; m < rows;) {
       const int64_t n = block_rows(m, rows), stride = pair_stride(steps, n);
-      for (int i = 0; i < W; i++) {
-        Word* to = block + i / 2 * stride + (2 * s + i % 2) * n;
-        const Word* from = (const Word*)&r[i] + m;
-        if (n == kPanelM) std::memcpy(to, from, kPanelM * sizeof(Word));
-        else for (int64_t j = 0; j < n; j++) to[j] = from[j];
-      }
+      for (int i = 0; i < W; i++)
+        store_words(block + i / 2 * stride + (2 * s + i % 2) * n, r[i], m, n);
       block += panel_size(steps, n);
       m += n;
     }
@@ -142,17 +173,16 @@ BIC_INLINE void chains(const Word* a, const Word* b, int64_t steps, f32x16* acc)
   }
 }
 template <class P, int MR, int NV>
-__attribute__((noinline)) void chains_apart(const Word* a, const Word* b, int64_t steps, f32x16* acc) {
+__attribute__((noinline)) void chains_apart(const Word* a, const Word* b, int64_t steps,
+                                            f32x16* acc) {
   chains<P, MR, NV>(a, b, steps, acc);
 }
 
-// MR rows of a packed block times a panel: all lanes, met as the tree meets them.
+// MR rows of a packed block times a panel, to tile[MR][16 NV]; lanes meet as in the tree.
 template <class P, int MR, int NV>
-__attribute__((noinline)) void panel_tile(const Word* a, const Word* b, int64_t K,
-                                          const Output<typename P::Element>& out, int64_t m0,
-                                          int64_t n0, int64_t n1) {
+__attribute__((noinline)) void panel_tile(const Word* a, const Word* b, int64_t steps,
+                                          float* tile) {
   constexpr int kTile = MR * NV;
-  const int64_t steps = steps_of<P>(K);
   const int64_t stride_a = pair_stride(steps, MR), stride_b = pair_stride(steps, NV * W);
   f32x16 waiting[3][kTile], acc[2 * kTile];
   for (int pair = 0; pair < W / 2; pair++) {
@@ -174,13 +204,8 @@ __attribute__((noinline)) void panel_tile(const Word* a, const Word* b, int64_t 
 #pragma GCC unroll 32
       for (int j = 0; j < kTile; j++) waiting[depth][j] = acc[j];
   }
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; m++)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) {
-      const int64_t n = n0 + v * W;
-      if (n < n1) out.put(m0 + m, n, acc[m * NV + v], n1 - n < W ? n1 - n : W);
-    }
+#pragma GCC unroll 32
+  for (int j = 0; j < kTile; j++) store_raw(tile + j * W, acc[j]);
 }
 
 // Vectors in the panel that starts at vector v of n: kPanelN, but no panel of one after one of 3.
@@ -189,20 +214,24 @@ inline int64_t panel_vectors(int64_t v, int64_t n) {
   return kPanelN == 3 && (left == 4 || left == 2) ? 2 : left < kPanelN ? left : kPanelN;
 }
 
-// Rows [m, M) of packed blocks times a panel.
-template <class P, int NV>
-void panel_blocks(const Word* a, const Word* b, int64_t m, int64_t M, int64_t K,
-                  const Output<typename P::Element>& out, int64_t n0, int64_t n1) {
+// Rows [m, M) of packed blocks times a panel of NV vectors whose first column is n.
+template <class P, class T, int NV>
+void panel_blocks(const Word* a, const Word* b, int64_t m, int64_t M, int64_t K, int64_t n,
+                  int64_t N, const Output<T>& out) {
   const int64_t steps = steps_of<P>(K);
+  alignas(64) float tile[kPanelM * NV * W];
   while (m < M) {
     const int64_t rows = block_rows(m, M);
     if (rows == 4) {
-      if constexpr (kPanelM == 4) panel_tile<P, 4, NV>(a, b, K, out, m, n0, n1);
+      if constexpr (kPanelM == 4) panel_tile<P, 4, NV>(a, b, steps, tile);
     } else if (rows == 2) {
-      panel_tile<P, 2, NV>(a, b, K, out, m, n0, n1);
+      panel_tile<P, 2, NV>(a, b, steps, tile);
     } else {
-      panel_tile<P, 1, NV>(a, b, K, out, m, n0, n1);
+      panel_tile<P, 1, NV>(a, b, steps, tile);
     }
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t v = 0; v < NV && n + v * W < N; v++)
+        out.put(m + i, n + v * W, load(tile + (i * NV + v) * W), std::min(W, N - n - v * W));
     a += panel_size(steps, rows);
     m += rows;
   }

@@ -1,4 +1,14 @@
-"""The norm family."""
+"""layer_norm, rms_norm and group_norm.
+
+`(x - mean) / sqrt(var + eps) * weight + bias`; rms_norm: `x / sqrt(mean(x * x) + eps) * weight`.
+
+Bits: means run in the lanes and the tree of `bicompile.kernels.reduce`; the variance is a second
+pass around the mean.  layer_norm: `fma((x - mean) * rstd, weight, bias)` in float32.  group_norm:
+in double, rounded once.  rms_norm repeats the roundings of the ops that it replaces:
+``x.float().pow(2).mean(-1)``, ``+ eps``, ``rsqrt``, ``x * r``, the cast, ``* (offset + weight)``.
+
+Row law: a row (for group_norm, one group of one sample) reads itself alone.
+"""
 
 from bicompile.kernels.norm import op
 

@@ -22,8 +22,7 @@ struct Moments {
   double mean, rstd;
 };
 
-template <class T>
-Moments moments(const T* x, int64_t K, float eps) {
+Moments moments(const float* x, int64_t K, float eps) {
   const double mean = lane_sum(x, K, [](f64x16 acc, f32x16 v) { return acc + wide(v); }) / K;
   const f64x16 centre = wide(mean);
   const double squares = lane_sum(x, K, [=](f64x16 acc, f32x16 v) {
@@ -32,6 +31,19 @@ Moments moments(const T* x, int64_t K, float eps) {
   });
   return {mean, 1.0 / std::sqrt(squares / K + eps)};
 }
+
+// The rows of K elements of a contiguous result of any dtype, written from floats.
+struct OutputRows {
+  void* base;
+  ScalarType type;
+  int64_t K;
+
+  OutputRows(const Tensor& t, int64_t k)
+      : base(t.mutable_data_ptr()), type(t.scalar_type()), K(k) {}
+  void write(int64_t i, const float* row) const {
+    dispatch(type, [&](auto t) { convert(row, K, static_cast<decltype(t)*>(base) + i * K); });
+  }
+};
 
 // A weight or bias as contiguous floats, or null.
 class Floats {
@@ -59,8 +71,8 @@ Split split_last(const Tensor& input, int64_t n, bool keepdim) {
 
 // ---- layer_norm: y = fma((x - mean) * rstd, weight, bias)
 
-template <class T>
-void layer_norm_row(const T* x, int64_t K, Moments m, const float* weight, const float* bias, T* out) {
+void layer_norm_row(const float* x, int64_t K, Moments m, const float* weight, const float* bias,
+                    float* out) {
   const f32x16 mean = splat((float)m.mean), rstd = splat((float)m.rstd);
   blocks(K, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
     f32x16 y = (load_block(x + k, n) - mean) * rstd;
@@ -79,21 +91,19 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input, int64_t ndim,
   Tensor out = empty(input, sizes(input));
   Tensor mean = empty(input, split.shape, ScalarType::Float);
   Tensor rstd = empty(input, split.shape, ScalarType::Float);
+  const OutputRows y(out, split.reduced.numel());
   float *means = mutable_data<float>(mean), *rstds = mutable_data<float>(rstd);
-  const int64_t K = split.reduced.numel();
-  dispatch(input.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    T* y = mutable_data<T>(out);
-    parallel(split.kept.numel(), 4 * K, [&](int64_t begin, int64_t end) {
-      const Rows<T> rows(input, split.kept, split.reduced);
-      for (int64_t i = begin; i < end; i++) {
-        const T* x = rows[i];
-        const Moments m = moments(x, K, (float)eps);
-        means[i] = from_float<float>((float)m.mean);
-        rstds[i] = from_float<float>((float)m.rstd);
-        layer_norm_row(x, K, m, w, b, y + i * K);
-      }
-    });
+  parallel(split.kept.numel(), 4 * y.K, [&](int64_t begin, int64_t end) {
+    const Rows<float> rows(input, split.kept, split.reduced);
+    const Scratch<float> buffer(y.K);
+    for (int64_t i = begin; i < end; i++) {
+      const float* x = rows[i];
+      const Moments m = moments(x, y.K, (float)eps);
+      means[i] = from_float<float>((float)m.mean);
+      rstds[i] = from_float<float>((float)m.rstd);
+      layer_norm_row(x, y.K, m, w, b, buffer);
+      y.write(i, buffer);
+    }
   });
   return {out, mean, rstd};
 }
@@ -101,8 +111,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input, int64_t ndim,
 // ---- rms_norm: the roundings of x.float().pow(2).mean(-1), + eps, rsqrt, x * r, weight
 
 template <class T>
-void rms_norm_row(const T* x, int64_t K, float eps, const float* weight, float offset, bool round_first,
-                  T* out) {
+void rms_norm_row(const T* x, int64_t K, float eps, const float* weight, float offset,
+                  bool round_first, T* out) {
   const double sum = lane_sum(x, K, [](f64x16 acc, f32x16 v) { return acc + wide(v * v); });
   const float mean = (float)(sum / K);
   const f32x16 r = splat(1.f / std::sqrt(mean + eps)), add = splat(offset);
@@ -137,38 +147,46 @@ Tensor rms_norm(const Tensor& input, int64_t ndim, std::optional<Tensor> weight,
 
 // ---- group_norm: a row is the channels of one group of one sample; in double
 
+void group_norm_row(const float* x, int64_t channels, int64_t S, Moments m, const float* weight,
+                    const float* bias, float* out) {
+  for (int64_t c = 0; c < channels; c++) {
+    const f64x16 scale = wide(weight ? m.rstd * weight[c] : m.rstd);
+    const f64x16 mean = wide(m.mean), shift = wide(bias ? bias[c] : 0.0);
+    blocks(S, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+      const f64x16 distance = wide(load_block(x + c * S + k, n)) - mean;
+      store_block(out + c * S + k, narrow(distance * scale + shift), n);
+    });
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor> group_norm(const Tensor& input_, std::optional<Tensor> weight,
                                               std::optional<Tensor> bias, int64_t groups,
                                               double eps) {
   const Tensor input = torch::stable::contiguous(input_);
   const Floats w(weight), b(bias);
-  const int64_t N = input.size(0), C = input.size(1), D = C / groups;
+  const int64_t N = input.size(0), channels = input.size(1) / groups;
+  int64_t S = 1;
+  for (int64_t d = 2; d < input.dim(); d++) S *= input.size(d);
   Tensor out = empty(input, sizes(input));
   Tensor mean = empty(input, {N, groups}, ScalarType::Float);
   Tensor rstd = empty(input, {N, groups}, ScalarType::Float);
+  const OutputRows y(out, channels * S);
   float *means = mutable_data<float>(mean), *rstds = mutable_data<float>(rstd);
-  int64_t S = 1;
-  for (int64_t d = 2; d < input.dim(); d++) S *= input.size(d);
-  dispatch(input.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    const T* x = data<T>(input);
-    T* y = mutable_data<T>(out);
-    parallel(N * groups, 4 * D * S, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) {
-        const Moments m = moments(x + i * D * S, D * S, (float)eps);
-        means[i] = from_float<float>((float)m.mean);
-        rstds[i] = from_float<float>((float)m.rstd);
-        for (int64_t d = 0; d < D; d++) {
-          const int64_t c = i % groups * D + d, at = (i * D + d) * S;
-          const f64x16 scale = wide(w ? m.rstd * w[c] : m.rstd);
-          const f64x16 mean = wide(m.mean), shift = wide(b ? b[c] : 0.0);
-          blocks(S, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
-            const f64x16 distance = wide(load_block(x + at + k, n)) - mean;
-            store_block(y + at + k, narrow(distance * scale + shift), n);
-          });
-        }
-      }
-    });
+  Axes kept, row;
+  kept.add(N * groups, y.K);
+  row.add(y.K, 1);
+  parallel(N * groups, 4 * y.K, [&](int64_t begin, int64_t end) {
+    const Rows<float> rows(input, kept, row);
+    const Scratch<float> buffer(y.K);
+    for (int64_t i = begin; i < end; i++) {
+      const float* x = rows[i];
+      const Moments m = moments(x, y.K, (float)eps);
+      means[i] = from_float<float>((float)m.mean);
+      rstds[i] = from_float<float>((float)m.rstd);
+      const int64_t c = i % groups * channels;
+      group_norm_row(x, channels, S, m, w ? w + c : nullptr, b ? b + c : nullptr, buffer);
+      y.write(i, buffer);
+    }
   });
   return {out, mean, rstd};
 }

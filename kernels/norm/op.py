@@ -34,10 +34,10 @@ def rms_norm_reference(input, normalized_ndim, weight, eps, offset, round_first)
 def group_norm_reference(input, weight, bias, groups, eps):
     """Each of `groups` runs of channels of each sample is normalised by itself."""
     x = input.flatten(2) if input.dim() > 2 else input.unsqueeze(2)
-    b, c, _ = x.shape
-    var, mean = torch.var_mean(x.reshape(b, groups, -1), 2, correction=0)
-    rstd = (var + eps).rsqrt()
+    b, c, size = x.shape
     per_channel = c // groups
+    var, mean = torch.var_mean(x.reshape(b, groups, per_channel * size), 2, correction=0)
+    rstd = (var + eps).rsqrt()
     out = (x - mean.repeat_interleave(per_channel, 1)[..., None]) * rstd.repeat_interleave(
         per_channel, 1
     )[..., None]

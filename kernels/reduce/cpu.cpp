@@ -188,7 +188,8 @@ Tensor reduce(const Tensor& self, const Sizes& dim, bool keepdim, ScalarType typ
 // ---- the ops
 
 Tensor sum(const Tensor& self, Sizes dim, bool keepdim, ScalarType type) {
-  return reduce(self, dim, keepdim, type, [](const auto& x, int64_t) { return narrow(x.reduce(Sum{})); });
+  return reduce(self, dim, keepdim, type,
+                [](const auto& x, int64_t) { return narrow(x.reduce(Sum{})); });
 }
 Tensor mean(const Tensor& self, Sizes dim, bool keepdim, ScalarType type) {
   return reduce(self, dim, keepdim, type,

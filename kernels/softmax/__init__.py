@@ -1,4 +1,13 @@
-"""The softmax family."""
+"""softmax and log_softmax over one axis.
+
+`e[k] = exp(x[k] - max)`; `e[k] / sum` or `(x[k] - max) - log(sum)`.
+
+Bits: the maximum is exact in any order; on the CPU exp is ours, `sum` adds e[k] in the lanes and
+the tree of `bicompile.kernels.reduce`, in double, and is rounded to float32; the last operations
+are float32, rounded once more to the output's dtype.
+
+Row law: a row reads itself alone, in an order that its length alone sets.
+"""
 
 from bicompile.kernels.softmax import op
 

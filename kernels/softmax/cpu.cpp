@@ -1,12 +1,12 @@
 // softmax and log_softmax over one axis, in the order of kernels/softmax.
 #include "../common/tensor.h"
+#include "../common/wide.h"
 
 namespace bic::simd {
 namespace {
 
 // The largest element; NaN is passed over (it comes back through exp).
-template <class T>
-float row_max(const T* x, int64_t K) {
+float row_max(const float* x, int64_t K) {
   f32x16 m0 = splat(-INFINITY), m1 = m0, m2 = m0, m3 = m0;  // exact in any order
   int64_t k = 0;
   for (; k + 4 * W <= K; k += 4 * W) {
@@ -20,35 +20,32 @@ float row_max(const T* x, int64_t K) {
   return max_lane(max_or_skip(max_or_skip(m0, m1), max_or_skip(m2, m3)));
 }
 
-// The sum of exp(x - max), kept in `e` where it is given.
-template <class T>
-float exp_sum(const T* x, int64_t K, float max, float* e) {
+// The sum of exp(x - max) in double lanes; each term is kept in `e` where that is given.
+float exp_sum(const float* x, int64_t K, float max, float* e) {
   const f32x16 top = splat(max);
-  f32x16 acc = zero();
+  f64x16 acc = wide(0.0);
   int64_t k = 0;
   for (; k + W <= K; k += W) {
     const f32x16 v = exp(load(x + k) - top);
     if (e) store_raw(e + k, v);
-    acc = acc + v;
+    acc = acc + wide(v);
   }
   if (k < K) {
     const f32x16 v = exp(load(x + k, K - k) - top);
     if (e) store(e + k, v, K - k);
-    acc = select(first(K - k), acc + v, acc);
+    acc = acc + wide(select(first(K - k), v, zero()));
   }
-  return tree_sum(acc);
+  return (float)tree(acc, [](double a, double b) { return a + b; });
 }
 
-template <class T, class Out>
-void softmax_row(const T* x, int64_t K, float* e, Out* out) {
-  const f32x16 sum = splat(exp_sum(x, K, row_max(x, K), e));
+void softmax_row(const float* x, int64_t K, float* out) {
+  const f32x16 sum = splat(exp_sum(x, K, row_max(x, K), out));
   int64_t k = 0;
-  for (; k + W <= K; k += W) store(out + k, load(e + k) / sum);
-  if (k < K) store(out + k, load(e + k, K - k) / sum, K - k);
+  for (; k + W <= K; k += W) store(out + k, load(out + k) / sum);
+  if (k < K) store(out + k, load(out + k, K - k) / sum, K - k);
 }
 
-template <class T, class Out>
-void log_softmax_row(const T* x, int64_t K, float*, Out* out) {
+void log_softmax_row(const float* x, int64_t K, float* out) {
   const float max = row_max(x, K);
   const f32x16 top = splat(max), shift = log(splat(exp_sum(x, K, max, nullptr)));
   int64_t k = 0;
@@ -56,9 +53,12 @@ void log_softmax_row(const T* x, int64_t K, float*, Out* out) {
   if (k < K) store(out + k, (load(x + k, K - k) - top) - shift, K - k);
 }
 
-// Rows along `dim`; out is contiguous, its rows are filled in place where they are contiguous too.
-template <bool kLog, class T, class Out>
-void all_rows(const Tensor& self, int64_t dim, Out* out) {
+// All rows along `dim`; the result is contiguous.
+Tensor over_axis(const Tensor& self, int64_t dim, ScalarType type,
+                 void (*f)(const float*, int64_t, float*)) {
+  Tensor out = empty(self, sizes(self), type);
+  if (self.numel() == 0) return out;
+  if (dim < 0) dim += self.dim();
   Axes kept, row, out_kept;
   int64_t stride = self.numel(), step = 1;
   for (int64_t d = 0; d < self.dim(); d++) {
@@ -68,37 +68,32 @@ void all_rows(const Tensor& self, int64_t dim, Out* out) {
     if (d != dim) out_kept.add(self.size(d), stride);
   }
   const int64_t K = row.numel();
+  const bool in_place = step == 1 && type == ScalarType::Float;
+  void* const base = out.mutable_data_ptr();
   parallel(kept.numel(), 8 * K, [&](int64_t begin, int64_t end) {
-    const Rows<T> rows(self, kept, row);
-    const Scratch<float> e(K);
-    const Scratch<Out> buffer(step == 1 ? 0 : K);
+    const Rows<float> rows(self, kept, row);
+    const Scratch<float> buffer(in_place ? 0 : K);
     for (int64_t i = begin; i < end; i++) {
-      Out* to = out + out_kept.offset(i);
-      Out* o = step == 1 ? to : buffer;
-      if constexpr (kLog) log_softmax_row(rows[i], K, e, o);
-      else softmax_row(rows[i], K, e, o);
-      if (step != 1) for (int64_t k = 0; k < K; k++) to[k * step] = o[k];
+      const int64_t at = out_kept.offset(i);
+      float* y = in_place ? static_cast<float*>(base) + at : buffer;
+      f(rows[i], K, y);
+      if (in_place) continue;
+      dispatch(type, [&](auto t) {
+        using T = decltype(t);
+        T* to = static_cast<T*>(base) + at;
+        if (step == 1) convert(y, K, to);
+        else for (int64_t k = 0; k < K; k++) to[k * step] = from_float<T>(y[k]);
+      });
     }
-  });
-}
-
-template <bool kLog>
-Tensor over_axis(const Tensor& self, int64_t dim, ScalarType type) {
-  Tensor out = empty(self, sizes(self), type);
-  if (self.numel() == 0) return out;
-  dispatch(self.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    if (type == self.scalar_type()) all_rows<kLog, T>(self, dim, mutable_data<T>(out));
-    else all_rows<kLog, T>(self, dim, mutable_data<float>(out));
   });
   return out;
 }
 
 Tensor softmax(const Tensor& self, int64_t dim, ScalarType type) {
-  return over_axis<false>(self, dim < 0 ? dim + self.dim() : dim, type);
+  return over_axis(self, dim, type, softmax_row);
 }
 Tensor log_softmax(const Tensor& self, int64_t dim, ScalarType type) {
-  return over_axis<true>(self, dim < 0 ? dim + self.dim() : dim, type);
+  return over_axis(self, dim, type, log_softmax_row);
 }
 
 }  // namespace

@@ -1,0 +1,81 @@
+"""README, docs and examples are executed, and what they show is what comes out."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def execute(*arguments):
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_example_runs(example):
+    assert execute(example)
+
+
+def test_readme_shows_the_quickstart():
+    program = blocks(README, "python")[0]
+    source = (ROOT / "examples" / "quickstart.py").read_text()
+    assert source.split('"""\n', 1)[1].strip() == program.strip()
+
+
+def test_readme_shows_real_output():
+    """How many numbers differ by default depends on the machine; that ours do not, does not."""
+    shown = blocks(README, "")[0].splitlines()
+    real = execute(ROOT / "examples" / "quickstart.py").splitlines()
+    assert len(shown) == len(real) == 2
+    assert re.sub(r"\d+ of", "n of", shown[0]) == re.sub(r"\d+ of", "n of", real[0])
+    assert shown[1] == real[1] == "batch_invariant: 0 of 512 numbers of the row differ"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_blocks_run(page):
+    for block in blocks(page.read_text(), "python"):
+        if page.name != "README.md" or "quickstart" not in block:
+            execute("-c", block)
+
+
+def test_two_set_up_commands():
+    commands = "".join(blocks(README, "sh")).splitlines()
+    assert len(commands) == 2
+    project = (ROOT / "pyproject.toml").read_text()
+    for command in commands:
+        extra = re.fullmatch(r'pip install -e "\.\[(\w+)\]" && .+', command)
+        assert extra, command
+        assert re.search(rf"^{extra[1]} = \[", project, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_every_option_is_documented():
+    from bicompile.cli import make_parser
+
+    text = (ROOT / "docs" / "demo.md").read_text()
+    for name, part in zip(("demo", "bench"), text.split("## Bench"), strict=True):
+        commands = make_parser()._subparsers._group_actions[0].choices
+        for action in commands[name]._actions:
+            for option in action.option_strings:
+                if option.startswith("--") and option not in ("--help", "--debug"):
+                    assert f"`{option}" in part, f"{name} {option}"
