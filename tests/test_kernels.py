@@ -1,4 +1,4 @@
-"""Every law for every registered kernel, on the CPU.  GPU: tests/test_gpu_kernels.py."""
+"""Every law for every registered kernel."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ from bicompile import native, registry, testing
 
 KERNELS = registry.load_all()
 each_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+each_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 each_property = pytest.mark.parametrize("law", testing.PROPERTIES, ids=lambda p: p.__name__)
+
+
+each_device = pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,21 +30,23 @@ def _native():
     native.load()
 
 
+@each_device
 @each_kernel
 @each_dtype
 @each_property
-def test_law(kernel, dtype, law):
-    @given(sample=samples(kernel, dtype), seed=st.integers(0, 99))
+def test_law(kernel, dtype, law, device):
+    @given(sample=samples(kernel, dtype, device), seed=st.integers(0, 99))
     def holds(sample, seed):
         law(kernel.op, sample, seed=seed)
 
     holds()
 
 
+@each_device
 @each_kernel
 @each_dtype
-def test_every_element_is_written(kernel, dtype, poisoned_memory):
-    @given(sample=samples(kernel, dtype))
+def test_every_element_is_written(kernel, dtype, poisoned_memory, device):
+    @given(sample=samples(kernel, dtype, device))
     def holds(sample):
         clean = sample.run(kernel.op)
         torch.use_deterministic_algorithms(False)
@@ -47,27 +56,43 @@ def test_every_element_is_written(kernel, dtype, poisoned_memory):
     holds()
 
 
-SIZES = {"M": 64, "N": 48, "K": 777, "K1": 37, "K2": 21, "B": 3, "H": 4, "Q": 33, "S": 129, "D": 64, "C": 3, "G": 2}
+SIZES = {
+    "M": 64,
+    "N": 48,
+    "K": 777,
+    "K1": 37,
+    "K2": 21,
+    "B": 3,
+    "H": 4,
+    "Q": 33,
+    "S": 129,
+    "D": 64,
+    "C": 3,
+    "G": 2,
+}
 
 
+@each_device
 @each_kernel
 @each_dtype
-def test_error_is_no_worse_than_pytorchs(kernel, dtype):
+def test_error_is_no_worse_than_pytorchs(kernel, dtype, device):
     for number, case in enumerate(kernel.contract.cases):
         if kernel.name == "prod":
             case_sizes = SIZES | {"K": 60, "K1": 6, "K2": 9}
         else:
             case_sizes = SIZES
-        sample = testing.make_sample(kernel, case, dtype, case_sizes, seed=number)
+        sample = testing.make_sample(kernel, case, dtype, case_sizes, seed=number, device=device)
         ours, torchs, rounding = testing.error_against_float64(kernel.op, sample)
         # Where both only round once they differ by chance alone: the figures agree to the percent.
         assert ours <= 1.02 * max(torchs, rounding), (case, ours, torchs, rounding)
 
 
+@each_device
 @each_kernel
-def test_fake_agrees_with_the_kernel(kernel):
+def test_fake_agrees_with_the_kernel(kernel, device):
     for case in kernel.contract.cases:
-        sample = testing.make_sample(kernel, case, torch.float32, {**SIZES, "K": 7, "S": 9, "Q": 5})
+        sizes = {**SIZES, "K": 7, "S": 9, "Q": 5}
+        sample = testing.make_sample(kernel, case, torch.float32, sizes, device=device)
         torch.library.opcheck(
             kernel.op, sample.arguments(), test_utils=("test_schema", "test_faketensor")
         )
@@ -77,9 +102,10 @@ def test_fake_agrees_with_the_kernel(kernel):
 UNDEFINED = {("group_norm", "K"), ("group_norm", "K1"), ("group_norm", "K2")}
 
 
+@each_device
 @each_kernel
 @pytest.mark.filterwarnings("ignore:.*degrees of freedom")
-def test_zero_sizes(kernel):
+def test_zero_sizes(kernel, device):
     for case in kernel.contract.cases:
         for axis in case.axes:
             if axis in ("1", "C", "G", "D", "H") or (kernel.name, axis) in UNDEFINED:
@@ -87,7 +113,7 @@ def test_zero_sizes(kernel):
             if kernel.name == "norm" and axis[0] == "K" and not 0 <= case.params["p"] < math.inf:
                 continue
             sizes = {**SIZES, "K": 7, "S": 9, "Q": 5, "M": 3, "N": 2, axis: 0}
-            sample = testing.make_sample(kernel, case, torch.float32, sizes)
+            sample = testing.make_sample(kernel, case, torch.float32, sizes, device=device)
             ours, true = sample.run(kernel.op), sample.run(kernel.reference)
             for a, b in zip(testing._outputs(ours), testing._outputs(true), strict=True):
                 torch.testing.assert_close(a, b, equal_nan=True, msg=f"{case} {axis}=0")
