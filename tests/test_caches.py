@@ -16,11 +16,11 @@ with torch.no_grad():
     y = torch.compile(model, backend=sys.argv[1])(x)
     ours = torch.equal(torch.compile(model, backend=sys.argv[1])(x[:1]), y[:1])
 hits = counters["aot_autograd"]["autograd_cache_hit"]
-decisions = -1
+decisions, cached = -1, False
 if sys.argv[1] == "batch_invariant":
     from bicompile.report import REPORTS
-    decisions = len(REPORTS[0].decisions) if REPORTS[0].cached == bool(hits) else -2
-print("RESULT", hits, decisions, y.flatten().view(torch.int32).sum().item(), ours)
+    decisions, cached = len(REPORTS[0].decisions), REPORTS[0].cached
+print("RESULT", hits, decisions, y.flatten().view(torch.int32).sum().item(), ours, cached)
 """
 
 
@@ -29,8 +29,8 @@ def run(backend, folder):
     out = subprocess.run(
         [sys.executable, "-c", PROGRAM, backend], env=env, check=True, capture_output=True, text=True
     ).stdout
-    hits, decisions, digest, ours = out.split("RESULT ")[1].split()
-    return int(hits), int(decisions), int(digest), ours == "True"
+    hits, decisions, digest, ours, cached = out.split("RESULT ")[1].split()
+    return int(hits), int(decisions), int(digest), ours == "True", cached == "True"
 
 
 def test_second_process_is_warm_and_knows_the_decisions(tmp_path):
@@ -38,6 +38,8 @@ def test_second_process_is_warm_and_knows_the_decisions(tmp_path):
     assert cold[0] == 0
     assert warm[0] == 2, "both graphs come from the disk"
     assert warm[1] == cold[1] > 0, "the report is read back"
+    assert warm[4] and not cold[4]
+    assert warm[3] and cold[3]
     assert warm[2] == cold[2]
 
 
@@ -62,7 +64,7 @@ def test_lost_report_is_made_anew(tmp_path):
     for file in (tmp_path / "bicompile").iterdir():
         file.unlink()
     again = run("batch_invariant", tmp_path)
-    assert again[1] == cold[1]
+    assert again[1:] == cold[1:]
 
 
 def test_half_written_report_is_not_read(tmp_path):
@@ -70,4 +72,4 @@ def test_half_written_report_is_not_read(tmp_path):
     for file in (tmp_path / "bicompile").iterdir():
         file.write_text(file.read_text()[:-20])
     again = run("batch_invariant", tmp_path)
-    assert again[1] == cold[1]
+    assert again[1:] == cold[1:]

@@ -10,7 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import bicompile
-from bicompile import errors
+from bicompile import capture, errors
+from bicompile.options import Options
 
 X = torch.randn(4, 8)
 
@@ -94,23 +95,21 @@ def test_graph_break():
     torch.testing.assert_close(run(model, X, options={"graph_breaks": "allow"}), (X + 1) * 2)
 
 
-def test_recompile_limit(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
+def test_recompile_limit():
     compiled = torch.compile(lambda x: x * 2, backend="batch_invariant", dynamic=False)
-    with pytest.raises(errors.RecompileLimit) as caught:
+    limit = torch._dynamo.config.patch(recompile_limit=3)
+    with limit, pytest.raises(errors.RecompileLimit) as caught:
         for size in range(2, 9):
             compiled(torch.ones(size))
     assert "more than 2 graphs" in str(caught.value)
     assert "torch._dynamo.config.recompile_limit" in str(caught.value)
 
 
-def test_suppressed_errors(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", True)
-    from bicompile import capture
-    from bicompile.options import Options
-
+def test_suppressed_errors():
     graph = torch.fx.symbolic_trace(lambda x: x + 1)
-    with pytest.raises(errors.SuppressedErrors, match="a refused graph would run eagerly"):
+    suppressed = torch._dynamo.config.patch(suppress_errors=True)
+    refused = pytest.raises(errors.SuppressedErrors, match="a refused graph would run eagerly")
+    with suppressed, refused:
         capture.check(graph, [X], Options())
 
 

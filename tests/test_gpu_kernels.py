@@ -379,14 +379,16 @@ def _causal(q, s, past=0):
 HEADS = ((3, 1, 20, 24),) if INTERPRET else (
     (8, 2, 64, 64), (9, 3, 64, 64), (8, 8, 128, 128), (4, 1, 80, 96), (2, 2, 256, 256),
 )  # fmt: skip
-attention_case = pytest.mark.parametrize("h,hkv,d,dv", HEADS)
+SOME = {HALF: HEADS, torch.float16: HEADS[:1], FULL: HEADS[:1] + HEADS[2:4]}
+attention_case = pytest.mark.parametrize(
+    "dtype,h,hkv,d,dv", [(dtype, *heads) for dtype in DTYPES for heads in SOME[dtype]]
+)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
 @law
 @attention_case
-@each_dtype
-def test_attention_spellings_and_schedules(h, hkv, d, dv, dtype):
+def test_attention_spellings_and_schedules(dtype, h, hkv, d, dv):
     n = LONG // 2
     q, k, v = _qkv(2, h, hkv, n, n, d, dv, dtype)
     whole = sdpa(q, k, v, causal=True)
@@ -409,8 +411,7 @@ def test_attention_spellings_and_schedules(h, hkv, d, dv, dtype):
 
 @law
 @attention_case
-@each_dtype
-def test_attention_prefill_chunks_and_decode(h, hkv, d, dv, dtype):
+def test_attention_prefill_chunks_and_decode(dtype, h, hkv, d, dv):
     n = LONG
     q, k, v = _qkv(1, h, hkv, n, n, d, dv, dtype)
     whole = sdpa(q, k, v, causal=True)
@@ -431,8 +432,7 @@ def test_attention_prefill_chunks_and_decode(h, hkv, d, dv, dtype):
 
 @law
 @attention_case
-@each_dtype
-def test_masked_keys_are_absent(h, hkv, d, dv, dtype):
+def test_masked_keys_are_absent(dtype, h, hkv, d, dv):
     n = 40 if INTERPRET else 600
     q, k, v = _qkv(2, h, hkv, n, n, d, dv, dtype)
     whole = sdpa(q, k, v, causal=True)

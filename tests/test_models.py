@@ -19,7 +19,7 @@ SIZES = {
     "vocab_size": 97,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "max_position_embeddings": 2048,
 }
@@ -27,7 +27,7 @@ CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, num_key_value_heads=2),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16),
     "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=97, n_embd=64, n_layer=2, n_head=4, n_positions=2048
+        vocab_size=97, n_embd=64, n_layer=1, n_head=4, n_positions=2048
     ),
     "bert": lambda: transformers.BertConfig(**SIZES),
 }
@@ -142,9 +142,20 @@ def check_prefix(subject):
     testing.assert_same_bits(rest, subject.reference[:, 25:], "reused prefix")
 
 
+def cases(names, quick):
+    """Every model in every dtype; those not in `quick` only in the long run (`-m soak`)."""
+    return [
+        pytest.param(n, d, id=f"{n}-{d}", marks=[] if (n, d) in quick else pytest.mark.soak)
+        for n in names
+        for d in DTYPES
+    ]
+
+
+QUICK = [(name, "bfloat16") for name in CONFIGS] + [("llama", "float32"), ("gpt2", "float16")]
+
+
 @each_device
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "dtype"), cases(CONFIGS, QUICK))
 def test_batch_and_padding(name, dtype, device):
     subject = Subject(name, DTYPES[dtype], device)
     check_batches(subject)
@@ -152,19 +163,8 @@ def test_batch_and_padding(name, dtype, device):
 
 
 @each_device
-@pytest.mark.parametrize("name", DECODERS)
-def test_caches_chunks_and_prefixes(name, device):
-    subject = Subject(name, torch.bfloat16, device)
-    check_caches(subject)
-    check_token_by_token(subject)
-    check_prefix(subject)
-
-
-@each_device
-@pytest.mark.soak
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("name", DECODERS)
-def test_caches_chunks_and_prefixes_in_other_dtypes(name, dtype, device):
+@pytest.mark.parametrize(("name", "dtype"), cases(DECODERS, [("llama", "bfloat16")]))
+def test_caches_chunks_and_prefixes(name, dtype, device):
     subject = Subject(name, DTYPES[dtype], device)
     check_caches(subject)
     check_token_by_token(subject)

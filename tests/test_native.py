@@ -76,13 +76,15 @@ def test_matmul_is_its_scalar_loop(dtype, m, n, k):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_size_takes_the_same_sums(dtype):
-    """Few rows and many rows, narrow and wide b: other code, the same bits."""
-    a, w = torch.randn(150, 70).to(dtype), torch.randn(131, 70).to(dtype)
+    """Few rows and many rows, narrow and wide b, either layout: other code, the same bits."""
+    a, w = torch.randn(150, 330).to(dtype), torch.randn(131, 330).to(dtype)
     full = MM(a, w.t(), False)
-    for m in (1, 2, 3, 4, 5, 31, 32, 33, 64, 100):
-        testing.assert_same_bits(MM(a[:m], w.t(), False), full[:m], f"{m} rows")
-    for n in (1, 15, 16, 17, 32, 33, 48, 49, 64, 80):
-        testing.assert_same_bits(MM(a, w[:n].t(), False), full[:, :n], f"{n} columns")
+    for b in (w.t(), w.t().contiguous()):
+        for m in (1, 2, 3, 4, 5, 7, 8, 23, 24, 63, 64, 65, 100):
+            testing.assert_same_bits(MM(a[:m], b, False), full[:m], f"{m} rows")
+        for n in (1, 15, 16, 17, 32, 33, 48, 49, 64, 80):
+            testing.assert_same_bits(MM(a, b[:, :n], False), full[:, :n], f"{n} columns")
+            testing.assert_same_bits(MM(a[:3], b[:, :n], False), full[:3, :n], f"3 x {n}")
 
 
 def test_addmm_without_beta_ignores_self():

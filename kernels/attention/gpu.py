@@ -189,6 +189,7 @@ def sdpa(query, key, value, attn_mask, is_causal, scale, chosen=None, split=None
     dp, dvp = (max(16, triton.next_power_of_2(n)) for n in (d, dv))
     g = h // hkv
     rows, tile = q_len * g, TILE[query.element_size()]
+    bias = attn_mask is not None and attn_mask.dtype != torch.bool
     use = chosen or schedule(query.element_size(), max(dp, dvp), rows)
     query, key, value = _near(query), _near(key), _near(value)
     tiles, chunks = triton.cdiv(rows, use.rows), triton.cdiv(s, CHUNK)
@@ -206,8 +207,8 @@ def sdpa(query, key, value, attn_mask, is_causal, scale, chosen=None, split=None
         *strides(query), *strides(key), *strides(value), *mask_strides, scale * LOG2E.value,
         H=h, G=g, D=d, DV=dv, DP=dp, DVP=dvp, R=use.rows, T=tile, PER=CHUNK // tile,
         MODE=_mode(attn_mask, is_causal),
-        BIAS=attn_mask is not None and attn_mask.dtype != torch.bool, SPLIT=split,
-        STAGES=use.stages, num_warps=use.warps, num_stages=use.stages, **OPTIONS,
+        BIAS=bias, SPLIT=split, STAGES=use.stages,
+        num_warps=use.warps, num_stages=use.stages, **OPTIONS,
     )  # fmt: skip
     if split:
         columns = min(dvp, 32)

@@ -77,15 +77,7 @@ def _add_weights(p, total):
 
 
 @triton.jit
-def _touch(p, vis):
-    """How a row meets the value of a key: 0 unseen, 1 seen, 16384 seen with a weight of 0."""
-    w = p.to(tl.float32)
-    seen = tl.where(w > 0.0, 1.0, tl.where(w == 0.0, 16384.0, 0.0))
-    return tl.where(vis, seen, 0.0).to(p.dtype)
-
-
-@triton.jit
-def _special(touch, v):
+def _special(p, vis, v):
     """What inf and NaN values add to the rows that see them, [R, DVP]; 0: nothing.
 
     As p @ v: inf times a weight of 0 is NaN. Counts are exact in any order: a key adds 1 for +inf,
@@ -94,7 +86,14 @@ def _special(touch, v):
     x = v.to(tl.float32)
     code = tl.where(x == float("inf"), 1.0, tl.where(x == float("-inf"), 128.0, 16384.0))
     code = tl.where((x - x) != 0.0, code, 0.0).to(v.dtype)
-    n = _add(touch, code, tl.zeros([touch.shape[0], v.shape[1]], tl.float32))
+    w = p.to(tl.float32)
+    touch = tl.where(w > 0.0, 1.0, tl.where(w == 0.0, 16384.0, 0.0))
+    touch = tl.where(vis, touch, 0.0)
+    # A gather of everything in its place: Triton 3.6 would else hand `vis` to the dot as an operand
+    # of single bits, which it cannot lower.
+    place = tl.broadcast_to(tl.arange(0, p.shape[1])[None, :], p.shape)
+    touch = tl.gather(touch, place, 1).to(v.dtype)
+    n = _add(touch, code, tl.zeros([p.shape[0], v.shape[1]], tl.float32))
     extra = tl.where(n - tl.floor(n / 128.0) * 128.0 > 0.0, float("inf"), 0.0)
     extra = extra + tl.where(n >= 128.0, float("-inf"), 0.0)
     return tl.where(n >= 16384.0, float("nan"), extra)
@@ -157,12 +156,11 @@ def attend_chunk(
         v = _load(V, key0, there, svs, svd, DV, DVP, T)
         p, m, factor = _weigh(s, m, v.dtype)
         total = _add_weights(p, total * factor)
-        touch = _touch(p, vis)
         bad = (v - v) != 0.0
         # the value of a key that a row does not see must add nothing, not even NaN
         acc = _add(p, tl.where(bad, 0.0, v).to(v.dtype), acc * factor)
         if tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0:
-            acc = acc + _special(touch, _load(V, key0, there, svs, svd, DV, DVP, T))
+            acc = acc + _special(p, vis, _load(V, key0, there, svs, svd, DV, DVP, T))
     return m, tl.max(total, 1), acc
 
 

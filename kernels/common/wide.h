@@ -24,29 +24,39 @@ struct f64x16 {
 
 BIC_INLINE f64x16 wide(double x) {
   f64x16 v;
-  for (auto& p : v.part) p = x - f64part{};
+#pragma GCC unroll 4
+  for (int i = 0; i < kParts; i++) v.part[i] = x - f64part{};
   return v;
 }
+#if defined(__AVX512F__)
+BIC_INLINE f64x16 wide(f32x16 x) {
+  return {(f64part)_mm512_cvtps_pd((__m256)low(x)), (f64part)_mm512_cvtps_pd((__m256)high(x))};
+}
+#else
 BIC_INLINE f64x16 wide(f32x16 x) {
   f32part narrow[kParts];
   static_assert(sizeof(narrow) == sizeof(x));
   std::memcpy(narrow, &x, sizeof(x));
   f64x16 v;
+#pragma GCC unroll 4
   for (int i = 0; i < kParts; i++) v.part[i] = __builtin_convertvector(narrow[i], f64part);
   return v;
 }
+#endif
 BIC_INLINE f32x16 narrow(f64x16 v) {
   f32part parts[kParts];
+#pragma GCC unroll 4
   for (int i = 0; i < kParts; i++) parts[i] = __builtin_convertvector(v.part[i], f32part);
   f32x16 x;
   std::memcpy(&x, parts, sizeof(x));
   return x;
 }
 
-#define BIC_WIDE(op)                                                        \
-  BIC_INLINE f64x16 operator op(f64x16 a, f64x16 b) {                       \
-    for (int i = 0; i < kParts; i++) a.part[i] = a.part[i] op b.part[i];    \
-    return a;                                                               \
+#define BIC_WIDE(op)                                                     \
+  BIC_INLINE f64x16 operator op(f64x16 a, f64x16 b) {                    \
+    _Pragma("GCC unroll 4")                                              \
+    for (int i = 0; i < kParts; i++) a.part[i] = a.part[i] op b.part[i]; \
+    return a;                                                            \
   }
 BIC_WIDE(+)
 BIC_WIDE(-)

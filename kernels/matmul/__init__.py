@@ -16,8 +16,8 @@ subnormal operands and results to zero, as `vdpbf16ps` does.  On a GPU: one chai
 rising k, no split of K.
 
 Row law: the loop reads row m and column n alone, whatever M, N, strides, threads and tiles are. The
-CPU has two schedules of it: ``rows.h`` for few rows where b is walked along K as it lies in memory,
-``panels.h`` for the rest.
+CPU has three schedules of it: ``rows.h`` for few rows where b is walked along K as it lies in
+memory, ``columns.h`` for few rows where it is walked along N, ``panels.h`` (packed) for the rest.
 """
 
 from bicompile.kernels.matmul import op

@@ -23,8 +23,8 @@ struct Single {
   static constexpr bool kFlush = false;
   static BIC_INLINE Vector read(const T* p) { return load(p); }
   static BIC_INLINE Vector read(const T* p, int64_t n) { return load(p, n); }
-  static BIC_INLINE Vector unpack(const Word* p) { return load((const float*)p); }
-  static BIC_INLINE Vector broadcast(const Word* p) { return splat(*(const float*)p); }
+  static BIC_INLINE Vector from_words(i32x16 v) { return as_float(v); }
+  static BIC_INLINE Vector broadcast(const Word* p) { return splat(bit_cast<float>(*p)); }
   static BIC_INLINE f32x16 mac(f32x16 acc, Vector a, Vector b) { return fma(a, b, acc); }
 };
 
@@ -36,17 +36,16 @@ struct PairByFma {
   };
   static constexpr int kBlock = 32;
   static constexpr bool kFlush = true;
-  static BIC_INLINE Vector split(i32x16 v) {
+  static BIC_INLINE Vector from_words(i32x16 v) {
     return {as_float(v & splat_int((int32_t)0xffff0000)), as_float(shift_left_16(v))};
   }
-  static BIC_INLINE Vector read(const bf16* p) { return split(load_words(p)); }
+  static BIC_INLINE Vector read(const bf16* p) { return from_words(load_words(p)); }
   static BIC_INLINE Vector read(const bf16* p, int64_t n) {
     bf16 buffer[kBlock] = {};
     std::memcpy(buffer, p, n * sizeof(bf16));
     return read(buffer);
   }
-  static BIC_INLINE Vector unpack(const Word* p) { return split(load_words(p)); }
-  static BIC_INLINE Vector broadcast(const Word* p) { return split(splat_int((int32_t)*p)); }
+  static BIC_INLINE Vector broadcast(const Word* p) { return from_words(splat_int((int32_t)*p)); }
   static BIC_INLINE f32x16 mac(f32x16 acc, Vector a, Vector b) {
     return fma(a.even, b.even, fma(a.odd, b.odd, acc));
   }
@@ -63,7 +62,7 @@ struct PairByDot {
   static BIC_INLINE Vector read(const bf16* p, int64_t n) {
     return (Vector)_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
   }
-  static BIC_INLINE Vector unpack(const Word* p) { return (Vector)_mm512_loadu_si512(p); }
+  static BIC_INLINE Vector from_words(i32x16 v) { return (Vector)v; }
   static BIC_INLINE Vector broadcast(const Word* p) { return (Vector)_mm512_set1_epi32((int)*p); }
   static BIC_INLINE f32x16 mac(f32x16 acc, Vector a, Vector b) {
     return (f32x16)_mm512_dpbf16_ps((__m512)acc, a, b);

@@ -1,5 +1,6 @@
 // mm, addmm, bmm and baddbmm, in the order of kernels/matmul.
 #include "../common/tensor.h"
+#include "columns.h"
 #include "panels.h"
 #include "rows.h"
 
@@ -15,15 +16,25 @@ struct Product {
   bool along_k;
   Output<T> out;
 
-  // Below this many rows the turning of b would cost more than the shuffles it saves.
-  static constexpr int64_t kFewRows = 32;
-
   void run() const {
     if (along_k && M < kFewRows) run_rows();
+    else if (!along_k && M < kFewColumnRows) run_columns();
     else run_panels();
   }
 
  private:
+  // Below so many rows, packing b would cost more than it saves (both were measured).
+  static constexpr int64_t kFewRows = 64, kFewColumnRows = P::kBlock == 32 ? 8 : 24;
+
+  void run_columns() const {
+    constexpr int64_t kBlock = kColumnVectors * W;
+    const Scratch<Word> packed(M * steps_of<P>(K) * W);
+    pack_words<P>(a, lda, M, K, packed);
+    parallel((N + kBlock - 1) / kBlock, kBlock * M * K / W, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin * kBlock; n < std::min(N, end * kBlock); n += kBlock)
+        by_columns<P>(packed, b, ldb, M, K, n, std::min(N, n + kBlock), out);
+    });
+  }
   void run_rows() const {
     constexpr int64_t kColumns = 24;  // a multiple of every tile's width
     parallel((N + kColumns - 1) / kColumns, kColumns * M * K / W, [&](int64_t begin, int64_t end) {
@@ -68,10 +79,11 @@ struct Product {
   }
 
   void pack_panel(int64_t v, int64_t nv, Word* to) const {
+    const int64_t n = v * W, width = nv * W;
+    if (!along_k) return pack_b_columns<P>(b + n, ldb, std::min(width, N - n), K, width, to);
     for (int64_t i = 0; i < nv; i++) {
-      const int64_t n = (v + i) * W, count = std::min(W, N - n);
-      if (along_k) pack_b_rows<P>(b + n * ldb, ldb, count, K, nv * W, to + i * W);
-      else pack_b_columns<P>(b + n, ldb, count, K, nv * W, to + i * W);
+      const int64_t row = n + i * W;
+      pack_b_rows<P>(b + row * ldb, ldb, std::min(W, N - row), K, width, to + i * W);
     }
   }
   void panel_rows(const Word* rows, const Word* panel, int64_t m, int64_t m1, int64_t n,

@@ -126,27 +126,36 @@ void pack_a(const typename P::Element* p, int64_t ld, int64_t rows, int64_t K, W
   }
 }
 
-// Packs columns of a matrix with contiguous columns, [K, N] in memory: no turning is needed.
+// What 16 columns of b, walked along N, give to a lane at a step: zeros beyond K.
+template <class P>
+BIC_INLINE i32x16 column_words(const typename P::Element* p, int64_t ld, int64_t step,
+                               int64_t lane, int64_t K, int64_t columns) {
+  const auto row = [&](int64_t k) __attribute__((always_inline)) {
+    if (k >= K) return splat_int(0);
+    return as_int(columns == W ? load(p + k * ld) : load(p + k * ld, columns));
+  };
+  if constexpr (P::kBlock == 16) {
+    return row(step * W + lane);
+  } else {
+    const int64_t k = step * 2 * W + 2 * lane;
+    return row(k + 1) | shift_right_16(row(k));
+  }
+}
+
+// Packs columns of b, walked along N, as a whole panel: no turning is needed.
 template <class P>
 void pack_b_columns(const typename P::Element* p, int64_t ld, int64_t columns, int64_t K,
                     int64_t width, Word* out) {
   const int64_t steps = steps_of<P>(K), stride = pair_stride(steps, width);
-  const auto row = [&](int64_t k) {
-    if (k >= K) return zero();
-    return columns == W ? load(p + k * ld) : load(p + k * ld, columns);
-  };
-  for (int64_t s = 0; s < steps; s++) {
+  for (int64_t s = 0; s < steps; s++)
     for (int i = 0; i < W; i++) {
-      i32x16 v;
-      if constexpr (P::kBlock == 32) {
-        const int64_t k = s * 32 + 2 * kLaneOrder[i];
-        v = as_int(row(k + 1)) | shift_right_16(as_int(row(k)));
-      } else {
-        v = as_int(row(s * W + kLaneOrder[i]));
+      Word* to = out + i / 2 * stride + (2 * s + i % 2) * width;
+      for (int64_t n = 0; n < width; n += W) {
+        const int64_t count = std::clamp<int64_t>(columns - n, 0, W);
+        const i32x16 v = column_words<P>(p + n, ld, s, kLaneOrder[i], K, count);
+        std::memcpy(to + n, &v, sizeof(v));
       }
-      std::memcpy(out + i / 2 * stride + (2 * s + i % 2) * width, &v, sizeof(v));
     }
-  }
 }
 
 // A pair of lanes of MR x (16 NV) outputs: acc[lane][row][vector].
@@ -159,7 +168,7 @@ BIC_INLINE void chains(const Word* a, const Word* b, int64_t steps, f32x16* acc)
     for (int lane = 0; lane < 2; lane++, a += MR, b += NV * W) {
       typename P::Vector y[NV];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) y[v] = P::unpack(b + v * W);
+      for (int v = 0; v < NV; v++) y[v] = P::from_words(load_words(b + v * W));
 #pragma GCC unroll 8
       for (int m = 0; m < MR; m++) {
         const typename P::Vector x = P::broadcast(a + m);
