@@ -20,7 +20,6 @@ from bicompile.options import Options
 from bicompile.pipeline import Run, run_pipeline
 from bicompile.report import REPORTS, Report, digest
 
-
 capture.configure()
 
 

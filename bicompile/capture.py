@@ -94,7 +94,6 @@ def fingerprint(gm: GraphModule, inputs: list[Any]) -> list[str]:
     return [gm.code, *described, str(torch.is_grad_enabled())]
 
 
-
 @functools.cache
 def _raisable(cls: type[BicompileError]) -> type[BicompileError]:
     """The same class as one that Dynamo hands to the user unwrapped."""

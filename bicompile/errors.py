@@ -1,4 +1,7 @@
-"""Every error a user can meet, as a catalogue: what failed, where, what was given, what is accepted, what to do next."""
+"""Every error a user can meet, as a catalogue.
+
+A message says what failed, where, what was given, what is accepted, and what to do next.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,9 @@ class UnsupportedDtype(BicompileError):
 
     what = "{op} has no invariant kernel for {dtype}\n  given: {given}"
     accepts = "{accepted}"
-    next = "cast the inputs, for example with .float(), or keep this line out of the compiled function"
+    next = (
+        "cast the inputs, for example with .float(), or keep this line out of the compiled function"
+    )
 
 
 class UnsupportedDevice(BicompileError):
@@ -97,7 +102,10 @@ class RandomOp(BicompileError):
 class BatchStatistics(BicompileError):
     """A normalisation takes its statistics over the batch."""
 
-    what = "{op} takes its statistics over the batch, so a row depends on its neighbours\n  given: {given}"
+    what = (
+        "{op} takes its statistics over the batch, so a row depends on its neighbours\n"
+        "  given: {given}"
+    )
     next = "call model.eval() to normalise by running statistics, or use GroupNorm or LayerNorm"
 
 
@@ -107,14 +115,17 @@ class GraphBreak(BicompileError):
     what = "the model does not fit in one graph: {reason}"
     next = (
         "remove the cause (torch.compile(..., fullgraph=True) names it with its line), or pass "
-        'options={{"graph_breaks": "allow"}}: code between the graphs then runs without the guarantee'
+        'options={{"graph_breaks": "allow"}}: what lies between the graphs is then not covered'
     )
 
 
 class RecompileLimit(BicompileError):
     """The function was compiled for so many shapes that Dynamo would run the next one eagerly."""
 
-    what = "{function} needs more than {limit} graphs; PyTorch would run the next one without the guarantee"
+    what = (
+        "{function} needs more than {limit} graphs; PyTorch would run the next one eagerly, "
+        "without the guarantee"
+    )
     next = (
         "mark the varying sizes as dynamic (torch.compile(dynamic=True) or bicompile.compile), or "
         "raise torch._dynamo.config.recompile_limit"
@@ -164,7 +175,9 @@ class ModelNotFound(BicompileError):
     """A model named by the user could not be loaded."""
 
     what = "cannot load the model {model}: {reason}"
-    accepts = "a folder with a transformers model, a hub id, or nothing for the small built-in choice"
+    accepts = (
+        "a folder with a transformers model, a hub id, or nothing for the small built-in choice"
+    )
     next = "check the name; a hub id needs a network connection or a filled cache"
 
 
@@ -191,4 +204,4 @@ class RegistrationError(BicompileError):
 
 def catalogue() -> Sequence[type[BicompileError]]:
     """All error classes a user can meet, in the order of this file."""
-    return [c for c in globals().values() if isinstance(c, type) and issubclass(c, BicompileError)][1:]
+    return BicompileError.__subclasses__()

@@ -6,7 +6,6 @@ import dataclasses
 import enum
 import hashlib
 import json
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -73,7 +72,7 @@ class Report:
         rows = [dataclasses.asdict(d) | {"verdict": d.verdict.value} for d in self.decisions]
         with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
             json.dump(rows, file)
-        os.replace(file.name, folder / f"{self.key}.json")
+        Path(file.name).replace(folder / f"{self.key}.json")
 
     @classmethod
     def load(cls, folder: Path, key: str) -> Report | None:

@@ -264,7 +264,8 @@ def _device(sample: Sample) -> torch.device:
 
 def error_against_float64(op: Op, sample: Sample) -> tuple[float, float, float]:
     """Root mean square errors against the float64 reference: of `op`, of PyTorch's own op, and of
-    the true value rounded to the output's dtype."""
+    the true value rounded to the output's dtype.
+    """
     wide = {
         n: t if t is None or not t.dtype.is_floating_point else t.double()
         for n, t in sample.tensors.items()

@@ -38,7 +38,9 @@ def undo_repeat_kv(gm: GraphModule, *, run) -> None:
     """Hand K and V to attention as they were before they were repeated."""
     for node in gm.graph.find_nodes(op="call_function", target=_SDPA):
         key, val = (_before_repeat(n) for n in node.args[1:3])
-        same_groups = key is not None and val is not None and value(key).shape[1] == value(val).shape[1]
+        same_groups = (
+            key is not None and val is not None and value(key).shape[1] == value(val).shape[1]
+        )
         if same_groups and run.fuel():
             node.args = (node.args[0], key, val, *node.args[3:])
             run.decide(node, "K and V are read before their repetition", became=str(_SDPA))

@@ -142,8 +142,7 @@ def _is_weight(factor: Node, head: _Chain) -> bool:
         and w.dtype is x.dtype
         and w.dim() == head.normalized_ndim
         and all(
-            statically_known_true(a == b)
-            for a, b in zip(w.shape, x.shape[-w.dim() :], strict=True)
+            statically_known_true(a == b) for a, b in zip(w.shape, x.shape[-w.dim() :], strict=True)
         )
     )
 

@@ -8,7 +8,6 @@ apply; the audit then says what becomes of the node.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from bicompile.errors import BatchStatistics
-from bicompile.graph import Emit, describe_call, user_line, value
+from bicompile.graph import describe_call, user_line, value
 from bicompile.registry import Kernel, load_all
 
 KERNELS = load_all()
@@ -207,7 +206,8 @@ def _fused_rms_norm(emit, input, normalized_shape, weight, eps):
 
 def _batch_norm_without_stats(emit, input, weight, bias, training, momentum, eps):
     """One sample (InstanceNorm views N samples of C channels as one of N * C): each channel is a
-    row of its own.  More samples: the statistics are over the batch."""
+    row of its own.  More samples: the statistics are over the batch.
+    """
     samples, channels = value(input).shape[:2]
     if not (isinstance(samples, int) and samples == 1):
         raise BatchStatistics(

@@ -32,7 +32,9 @@ def samples(draw, kernel, dtype, device="cpu"):
     if "groups" in case.params:
         sizes["G"] = case.params["groups"]
     optional = [arg.name for arg in case.inputs if arg.optional]
-    absent = draw(st.sets(st.sampled_from(optional)) if optional else st.just(set()), label="absent")
+    absent = draw(
+        st.sets(st.sampled_from(optional)) if optional else st.just(set()), label="absent"
+    )
     return make_sample(
         kernel,
         case,

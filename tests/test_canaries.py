@@ -164,9 +164,13 @@ def maximum_of_all_rows(x, dim, dtype):
 def tail_uses_another_exponential(x, dim, dtype):
     x = x.float()
     rows = x.shape[0] // 8 * 8
+
     def body(t, exp):
         return t - torch.log(lanes_sum(exp(t)))[..., None]
-    return torch.cat([body(x[:rows], torch.exp), body(x[rows:], lambda t: torch.exp2(t * 1.442695))])
+
+    return torch.cat(
+        [body(x[:rows], torch.exp), body(x[rows:], lambda t: torch.exp2(t * 1.442695))]
+    )
 
 
 @canary("layer_norm", M=9, K=129)

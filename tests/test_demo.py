@@ -63,7 +63,9 @@ def test_counts_and_first_difference():
 
 
 def test_answers_are_shown_where_they_part():
-    lines = demo.part_lines(answers("one two three four", "one two [red] four", "one two three four"))
+    lines = demo.part_lines(
+        answers("one two three four", "one two [red] four", "one two three four")
+    )
     assert lines[0].startswith("batch 1, 3: ")
     assert "one two[/] [bold red]three[/] four" in lines[0]
     assert "[bold red]\\[red][/] four" in lines[1]

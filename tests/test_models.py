@@ -107,7 +107,7 @@ def check_padding(subject):
         for side in ("left", "right"):
             x, mask = junk.clone(), torch.ones(batch, LENGTH + pad, dtype=torch.long)
             real = slice(pad, None) if side == "left" else slice(0, LENGTH)
-            mask[-1, :pad if side == "left" else None] = 0
+            mask[-1, : pad if side == "left" else None] = 0
             mask[-1, real] = 1
             x[-1, real] = subject.row[0]
             logits = subject(x, mask.to(subject.device))

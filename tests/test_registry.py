@@ -73,9 +73,7 @@ def test_registration_is_refused():
     def elsewhere(self):
         """A reference outside the package."""
 
-    other = registry.Kernel(
-        **{**vars(mm), "name": "mm2", "reference": elsewhere}
-    )
+    other = registry.Kernel(**{**vars(mm), "name": "mm2", "reference": elsewhere})
     with pytest.raises(RegistrationError, match="import it as"):
         registry.register(other)
 

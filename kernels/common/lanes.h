@@ -224,12 +224,16 @@ BIC_INLINE f32x16 rounded(f32x16 v, T) {
   return widen(narrow(v, T{}), T{});
 }
 #else
+// Halves through these types, for GCC copies a struct of 64 bytes in pieces of 16.
+typedef float f32x8_unaligned __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t i32x8_unaligned __attribute__((vector_size(32), aligned(1), may_alias));
 BIC_INLINE f32x16 load(const float* p) {
-  f32x16 v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
+  return {*(const f32x8_unaligned*)p, *(const f32x8_unaligned*)(p + 8)};
 }
-BIC_INLINE void store_raw(float* p, f32x16 v) { std::memcpy(p, &v, sizeof(v)); }
+BIC_INLINE void store_raw(float* p, f32x16 v) {
+  *(f32x8_unaligned*)p = v.a;
+  *(f32x8_unaligned*)(p + 8) = v.b;
+}
 BIC_INLINE void store(float* p, f32x16 v) {
   store_raw(p, select(v == v, v, as_float(splat_int(0x7fc00000))));
 }
@@ -296,11 +300,20 @@ BIC_INLINE f32x16 rounded(f32x16 v, T) {
 #endif
 
 // 16 words of 32 bits.
+#if defined(__AVX512F__)
+BIC_INLINE i32x16 load_words(const void* p) { return (i32x16)_mm512_loadu_si512(p); }
+BIC_INLINE void store_words(void* p, i32x16 v) { _mm512_storeu_si512(p, (__m512i)v); }
+#else
 BIC_INLINE i32x16 load_words(const void* p) {
-  i32x16 v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
+  const auto* half = (const i32x8_unaligned*)p;
+  return {half[0], half[1]};
 }
+BIC_INLINE void store_words(void* p, i32x16 v) {
+  auto* half = (i32x8_unaligned*)p;
+  half[0] = v.a;
+  half[1] = v.b;
+}
+#endif
 
 // ---- across lanes
 

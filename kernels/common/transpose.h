@@ -38,10 +38,10 @@ BIC_INLINE void transpose(i32x16* r) {
   }
 #else
   int32_t in[W][W], out[W][W];
-  std::memcpy(in, r, sizeof(in));
+  for (int i = 0; i < W; i++) store_words(in[i], r[i]);
   for (int i = 0; i < W; i++)
     for (int j = 0; j < W; j++) out[j][i] = in[i][j];
-  std::memcpy(r, out, sizeof(out));
+  for (int i = 0; i < W; i++) r[i] = load_words(out[i]);
 #endif
 }
 

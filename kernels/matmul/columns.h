@@ -23,7 +23,7 @@ void pack_words(const typename P::Element* a, int64_t lda, int64_t M, int64_t K,
   for (int64_t m = 0; m < M; m++)
     for (int64_t s = 0; s < steps; s++, out += W) {
       const i32x16 v = words(a + m * lda, s * P::kBlock, K);
-      std::memcpy(out, &v, sizeof(v));
+      store_words(out, v);
     }
 }
 

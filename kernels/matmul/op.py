@@ -25,7 +25,6 @@ def _addmm_fake(self, mat1, mat2, beta, alpha, tf32):
     return mat1.new_empty((*mat1.shape[:-1], mat2.shape[-1]))
 
 
-
 mm = register(
     Kernel(
         name="mm",

@@ -69,7 +69,7 @@ void pack_b_rows(const typename P::Element* p, int64_t ld, int64_t rows, int64_t
     turn_rows<P>(p, ld, rows, s * P::kBlock, K, r);
 #pragma GCC unroll 16
     for (int i = 0; i < W; i++)
-      std::memcpy(out + i / 2 * stride + (2 * s + i % 2) * width, &r[i], sizeof(r[i]));
+      store_words(out + i / 2 * stride + (2 * s + i % 2) * width, r[i]);
   }
 }
 
@@ -83,7 +83,7 @@ inline int64_t block_rows(int64_t m, int64_t M) {
 // Words [m, m + n) of v.
 BIC_INLINE void store_words(Word* p, i32x16 v, int64_t m, int64_t n) {
   Word t[W];
-  std::memcpy(t, &v, sizeof(t));
+  store_words(t, v);
   std::memcpy(p, t + m, n * sizeof(Word));
 }
 #if defined(__AVX512F__)
@@ -153,7 +153,7 @@ void pack_b_columns(const typename P::Element* p, int64_t ld, int64_t columns, i
       for (int64_t n = 0; n < width; n += W) {
         const int64_t count = std::clamp<int64_t>(columns - n, 0, W);
         const i32x16 v = column_words<P>(p + n, ld, s, kLaneOrder[i], K, count);
-        std::memcpy(to + n, &v, sizeof(v));
+        store_words(to + n, v);
       }
     }
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from bicompile.contract import Case, Contract
 from bicompile.registry import Kernel, register
@@ -98,8 +97,7 @@ layer_norm = register(
                     {"normalized_ndim": 1, "eps": 1e-5},
                 ),
                 Case(
-                    "input: B M K1 K2, weight?: K1 K2, bias?: K1 K2"
-                    " -> B M K1 K2, B M 1 1, B M 1 1",
+                    "input: B M K1 K2, weight?: K1 K2, bias?: K1 K2 -> B M K1 K2, B M 1 1, B M 1 1",
                     {"normalized_ndim": 2, "eps": 1e-5},
                 ),
             )
