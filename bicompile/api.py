@@ -69,7 +69,7 @@ def compile(
         return compiled(*args, **kwargs)
 
     if isinstance(model, torch.nn.Module):
-        model.forward = call  # type: ignore[method-assign]
+        model.forward = call
         return model
     return call  # type: ignore[return-value]
 

@@ -95,7 +95,7 @@ def fingerprint(gm: GraphModule, inputs: list[Any]) -> list[str]:
 
 
 @functools.cache
-def _raisable(cls: type[BicompileError]) -> type[BicompileError]:
+def _raisable(cls: Any) -> type[BicompileError]:
     """The same class as one that Dynamo hands to the user unwrapped."""
     fields = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return type(cls.__name__, (cls, ShortenTraceback), {**fields, "first_useful_frame": None})
@@ -183,7 +183,8 @@ def attention(
         query, key, value, attn_mask, is_causal, scale
     )
     if rank > 4:
-        return out.unflatten(0, lead)
+        out = out.unflatten(0, lead)
+        return out
     return out if rank == 4 else out.squeeze(1) if rank == 3 else out.squeeze(1).squeeze(0)
 
 

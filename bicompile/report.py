@@ -64,7 +64,7 @@ class Report:
     def counts(self) -> Counter[str]:
         """How often each op of ours stands in the graph, and how often each verdict was given."""
         became = Counter(d.became for d in self.decisions if d.became)
-        return became + Counter(d.verdict.value for d in self.decisions)  # type: ignore[return-value]
+        return became + Counter(d.verdict.value for d in self.decisions)
 
     def save(self, folder: Path) -> None:
         """Keep the report beside the compiled graph; a reader never sees half of it."""

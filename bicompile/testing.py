@@ -49,7 +49,9 @@ def assert_same_bits(actual: Any, expected: Any, what: str) -> None:
         if len(different):
             at = tuple(different[0].tolist())
             mask = (1 << 8 * a.element_size()) - 1
-            left, right = (f"{bits(t)[at].item() & mask:#x} ({t[at].item():.9g})" for t in (a, e))
+            left, right = (
+                f"{int(bits(t)[at].item()) & mask:#x} ({t[at].item():.9g})" for t in (a, e)
+            )
             raise InvarianceViolation(
                 f"{what}: {len(different)} of {a.numel()} elements of output {number} differ; "
                 f"first at {[*at]}: {left} is not {right}"
@@ -263,8 +265,9 @@ def _device(sample: Sample) -> torch.device:
 
 
 def error_against_float64(op: Op, sample: Sample) -> tuple[float, float, float]:
-    """Root mean square errors against the float64 reference: of `op`, of PyTorch's own op, and of
-    the true value rounded to the output's dtype.
+    """Root mean square errors against the float64 reference.
+
+    Of `op`, of PyTorch's own op, and of the true value rounded to the output's dtype.
     """
     wide = {
         n: t if t is None or not t.dtype.is_floating_point else t.double()

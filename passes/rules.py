@@ -205,8 +205,9 @@ def _fused_rms_norm(emit, input, normalized_shape, weight, eps):
 
 
 def _batch_norm_without_stats(emit, input, weight, bias, training, momentum, eps):
-    """One sample (InstanceNorm views N samples of C channels as one of N * C): each channel is a
-    row of its own.  More samples: the statistics are over the batch.
+    """One sample: each channel is a row of its own; more: the statistics are over the batch.
+
+    InstanceNorm views N samples of C channels as one sample of N * C.
     """
     samples, channels = value(input).shape[:2]
     if not (isinstance(samples, int) and samples == 1):

@@ -13,9 +13,8 @@ hypothesis.settings.register_profile(
     "ci", max_examples=10, deadline=None, derandomize=True, database=None
 )
 hypothesis.settings.register_profile("soak", max_examples=500, deadline=None, print_blob=True)
-hypothesis.settings.load_profile(
-    os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev")
-)
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev")
+hypothesis.settings.load_profile(PROFILE)
 
 
 def pytest_collection_modifyitems(config, items):

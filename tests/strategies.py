@@ -32,9 +32,8 @@ def samples(draw, kernel, dtype, device="cpu"):
     if "groups" in case.params:
         sizes["G"] = case.params["groups"]
     optional = [arg.name for arg in case.inputs if arg.optional]
-    absent = draw(
-        st.sets(st.sampled_from(optional)) if optional else st.just(set()), label="absent"
-    )
+    absent_sets = st.sets(st.sampled_from(optional)) if optional else st.just(set())
+    absent = draw(absent_sets, label="absent")
     return make_sample(
         kernel,
         case,

@@ -26,13 +26,8 @@ print("RESULT", hits, decisions, y.flatten().view(torch.int32).sum().item(), our
 
 def run(backend, folder):
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder)}
-    out = subprocess.run(
-        [sys.executable, "-c", PROGRAM, backend],
-        env=env,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+    command = [sys.executable, "-c", PROGRAM, backend]
+    out = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
     hits, decisions, digest, ours, cached = out.split("RESULT ")[1].split()
     return int(hits), int(decisions), int(digest), ours == "True", cached == "True"
 

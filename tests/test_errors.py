@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -189,7 +190,7 @@ def test_texts_of_errors_outside_a_graph(cls):
 
 
 def test_every_error_has_a_case():
-    source = open(__file__).read()
+    source = Path(__file__).read_text()
     missing = [c.__name__ for c in errors.catalogue() if f"errors.{c.__name__}" not in source]
     assert not missing
 
