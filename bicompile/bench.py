@@ -19,7 +19,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from bicompile.bench_worker import Case
-from bicompile.errors import UnsafeSetting
 
 MODEL_CASES = (
     Case("prefill", 1),
@@ -83,19 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the bench; the exit status is 0 only if our bits held everywhere."""
-    import torch
-
     from bicompile import models
-    from bicompile.machine import machine, title
+    from bicompile.machine import check_device, machine, title
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UnsafeSetting(
-            setting="--device",
-            value="cuda",
-            reason="PyTorch sees no GPU here",
-            accepted=["cpu"],
-            todo="leave the option out, or install a CUDA build of torch and a driver",
-        )
+    check_device(args.device)
     console, progress = Console(), Console(file=sys.stderr)
     if args.only != "ops" and args.model is None:
         models.unpack(models.fetch(console=progress), console=progress)

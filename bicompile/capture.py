@@ -107,7 +107,7 @@ def error_boundary() -> Iterator[None]:
     try:
         yield
     except BicompileError as error:
-        error.__class__ = _raisable(type(error))
+        error.__class__ = _raisable(type(error))  # type: ignore[arg-type]
         raise
 
 

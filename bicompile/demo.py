@@ -12,9 +12,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -23,16 +25,18 @@ from rich.table import Table
 from bicompile.errors import UnsafeSetting
 
 QUESTION = "Tell me about Richard Feynman"
+SYSTEM = "You are a helpful assistant."
 OTHERS = (
+    "Explain how a bicycle stays upright while it moves.",
+    "Give me a recipe for pancakes with oat milk, blueberries and maple syrup.",
+    "Hi!",
+    "List three uses of baking soda in the kitchen and one in the garden, each in a single short "
+    "sentence.",
+    "What is the capital of Peru?",
     "Write a short story about a lighthouse keeper who finds a message in a bottle, and end it "
     "with a question that the keeper asks the sea.",
-    "What is the capital of Peru?",
-    "Hi!",
-    "Explain how a bicycle stays upright while it moves.",
-    "List three uses of baking soda in the kitchen, and one in the garden.",
-    "Translate 'good morning' into French.",
     "Why is the sky blue?",
-    "Give me a recipe for pancakes with oat milk.",
+    "Translate 'good morning' into French, Italian and Welsh.",
 )
 TITLES = {
     "eager": "plain PyTorch",
@@ -120,16 +124,9 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from bicompile import models
-    from bicompile.machine import machine, title
+    from bicompile.machine import check_device, machine, title
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UnsafeSetting(
-            setting="--device",
-            value="cuda",
-            reason="PyTorch sees no GPU here",
-            accepted=["cpu"],
-            todo="leave the option out, or install a CUDA build of torch and a driver",
-        )
+    check_device(args.device)
     console, progress_console = Console(), Console(file=sys.stderr)
     batches = make_batches(_read_prompts(args.prompts), args.batch_sizes)
     mixed = mixed_batches(_read_prompts(args.prompts), args.completions or 0)
@@ -153,12 +150,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def make_batches(others: Sequence[str], sizes: Sequence[int]) -> list[Batch]:
-    """Put the question among the other prompts, at another position in each batch.
-
-    The longest prompt is in every batch, so that all batches are padded to one length and fit the
-    same compiled graph.
-    """
-    others = sorted(others, key=len, reverse=True)[:1] + list(others)
+    """Put the question among the other prompts, at another position in each batch."""
     batches = []
     for size in sizes:
         position = 5 * size // 8
@@ -236,18 +228,23 @@ class Asker:
 
     def _encode(self, prompts: Sequence[str]) -> Any:
         if self.tokenizer.chat_template:
-            prompts = [
-                self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": p}], add_generation_prompt=True, tokenize=False
-                )
-                for p in prompts
-            ]
+            prompts = [self._as_chat(p) for p in prompts]
         return self.tokenizer(
             list(prompts),
             padding=True,
             return_tensors="pt",
             add_special_tokens=not self.tokenizer.chat_template,
         )
+
+    def _as_chat(self, prompt: str) -> str:
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
+        render = partial(
+            self.tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=False
+        )
+        try:
+            return str(render(messages))
+        except jinja2.TemplateError:  # some models know no system message
+            return str(render(messages[1:]))
 
     def _ask(self, batch: Batch, result: Result, say: Any) -> list[Answer]:
         import torch

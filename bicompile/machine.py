@@ -8,6 +8,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from bicompile.errors import UnsafeSetting
+
 _PACKAGES = ("torch", "triton", "transformers", "bicompile")
 
 
@@ -33,6 +35,24 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        UnsafeSetting: PyTorch sees no GPU.
+    """
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UnsafeSetting(
+            setting="--device",
+            value="cuda",
+            reason="PyTorch sees no GPU here",
+            accepted=["cpu"],
+            todo="leave the option out, or install a CUDA build of torch and a driver",
+        )
 
 
 def title(found: dict[str, Any]) -> str:

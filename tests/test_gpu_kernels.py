@@ -368,8 +368,10 @@ def _qkv(b, h, hkv, q, s, d, dv, dtype):
     )
 
 
-def sdpa(q, k, v, mask=None, causal=False, **options):
-    return attention.sdpa(q, k, v, mask, causal, q.shape[-1] ** -0.5, **options)
+def sdpa(q, k, v, mask=None, causal=False, dtype=FULL, **options):
+    """In fp32, before the one rounding: halves would hide most differences."""
+    scale = q.shape[-1] ** -0.5
+    return attention.sdpa(q, k, v, mask, causal, scale, dtype=dtype, **options)
 
 
 def _causal(q, s, past=0):
@@ -500,6 +502,9 @@ def test_attention_masks_of_any_form(dtype):
     assert (sdpa(q, k[:, :, :0], v[:, :, :0]) == 0).all()
     assert sdpa(q[:, :, :0], k, v).shape == (b, h, 0, 32)
     same(attention.sdpa(q, k, v, None, False, -0.3), attention.sdpa(-q, k, v, None, False, 0.3))
+    rounded = sdpa(q, k, v, ragged, dtype=None)
+    assert rounded.dtype == dtype
+    same(rounded, whole.to(dtype))
 
 
 def _exact(q, k, v, mask=None):
@@ -521,4 +526,4 @@ def test_attention_accuracy(dtype):
     for causal in (False, True):
         exact = _exact(q, k, v, _causal(n, n) if causal else None)
         theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        no_worse(sdpa(q, k, v, causal=causal), theirs, exact)
+        no_worse(sdpa(q, k, v, causal=causal, dtype=dtype), theirs, exact)

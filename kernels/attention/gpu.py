@@ -176,14 +176,17 @@ def _mode(attn_mask, is_causal):
     return "mask" if attn_mask is not None else "causal" if is_causal else "all"
 
 
-def sdpa(query, key, value, attn_mask, is_causal, scale, chosen=None, split=None):
+def sdpa(
+    query, key, value, attn_mask, is_causal, scale, chosen=None, split=None, dtype=None
+):
     """softmax(query @ key.T * scale + mask) @ value; the memory of the output is [B, Q, H, Dv].
 
-    `chosen` and `split` are for tests: they pick the schedule, which changes no bit.
+    For tests: `chosen` and `split` pick the schedule, which changes no bit; `dtype` float32 shows
+    the result before its one rounding.
     """
     b, h, q_len, d = query.shape
     hkv, s, dv = key.shape[1], key.shape[2], value.shape[3]
-    out = torch.empty((b, q_len, h, dv), dtype=query.dtype, device=query.device)
+    out = torch.empty((b, q_len, h, dv), dtype=dtype or query.dtype, device=query.device)
     if out.numel() == 0:
         return out.transpose(1, 2)
     dp, dvp = (max(16, triton.next_power_of_2(n)) for n in (d, dv))
@@ -208,7 +211,7 @@ def sdpa(query, key, value, attn_mask, is_causal, scale, chosen=None, split=None
         H=h, G=g, D=d, DV=dv, DP=dp, DVP=dvp, R=use.rows, T=tile, PER=CHUNK // tile,
         MODE=_mode(attn_mask, is_causal),
         BIAS=bias, SPLIT=split, STAGES=use.stages,
-        num_warps=use.warps, num_stages=use.stages, **OPTIONS,
+        num_warps=use.warps, num_stages=use.stages, maxnreg=use.registers or None, **OPTIONS,
     )  # fmt: skip
     if split:
         columns = min(dvp, 32)

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
+    """Rows of a tile, warps, pipeline stages, and a limit on registers (0: none)."""
+
     rows: int
     warps: int
     stages: int
+    registers: int = 0
 
 
 #: (bytes per element, largest padded head size) -> (few rows, many rows); within 99 KB.

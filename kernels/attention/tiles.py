@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from bicompile.kernels.common.trees import LOG2E
+from bicompile.kernels.common.trees import INTERPRET, LOG2E
 
 ONES = tl.constexpr(16)  # columns of ones that sum the weights: what a dot needs at least
 SLICE = tl.constexpr(32)  # columns of the head in one fp32 dot
@@ -100,6 +100,16 @@ def _special(p, vis, v):
 
 
 @triton.jit
+def _seen(x):
+    """Whether the byte of a mask is set. Through an opaque move: from operands that derive from
+    bytes Triton makes a dot (mma.sync) that takes its K in another order, so with other bits."""
+    x = x.to(tl.int32)
+    if not INTERPRET:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.int32, False, 1)
+    return x != 0
+
+
+@triton.jit
 def _visible(
     s, key0, first, last, plain, MASK, sms,
     T: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr,
@@ -116,7 +126,7 @@ def _visible(
             vis = vis & (x != float("-inf"))
             s = s + x * LOG2E
         else:
-            vis = vis & ((x != 0) | (plain[:, None] > 0))
+            vis = vis & (_seen(x) | (plain[:, None] > 0))
     return tl.where(vis, s, float("-inf")), vis
 
 

@@ -1,7 +1,7 @@
 // Sixteen float lanes with the same bits on AVX-512, AVX2 and plain C++.
 //
 // Every operation here is exactly rounded (IEEE +, -, *, /, sqrt, fma, conversions), so that an
-// instruction set may change the speed but no bit. `f32x16` is a GNU vector on AVX-512 and a pair of
+// instruction set may change the speed but no bit. `f32x16` is a GNU vector on AVX-512, a pair of
 // 8-lane ones elsewhere (GCC keeps vectors wider than a register in memory, a pair in registers).
 // A NaN is stored as the one positive quiet NaN: payloads would depend on the operand order.
 #ifndef BICOMPILE_LANES_H
@@ -224,7 +224,8 @@ BIC_INLINE f32x16 rounded(f32x16 v, T) {
   return widen(narrow(v, T{}), T{});
 }
 #else
-// Halves through these types, for GCC copies a struct of 64 bytes in pieces of 16.
+// Halves through these types, for GCC copies a struct of 64 bytes in pieces of 16. (Name the types:
+// `auto` would forget that they are unaligned.)
 typedef float f32x8_unaligned __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t i32x8_unaligned __attribute__((vector_size(32), aligned(1), may_alias));
 BIC_INLINE f32x16 load(const float* p) {
@@ -305,11 +306,11 @@ BIC_INLINE i32x16 load_words(const void* p) { return (i32x16)_mm512_loadu_si512(
 BIC_INLINE void store_words(void* p, i32x16 v) { _mm512_storeu_si512(p, (__m512i)v); }
 #else
 BIC_INLINE i32x16 load_words(const void* p) {
-  const auto* half = (const i32x8_unaligned*)p;
+  const i32x8_unaligned* half = (const i32x8_unaligned*)p;
   return {half[0], half[1]};
 }
 BIC_INLINE void store_words(void* p, i32x16 v) {
-  auto* half = (i32x8_unaligned*)p;
+  i32x8_unaligned* half = (i32x8_unaligned*)p;
   half[0] = v.a;
   half[1] = v.b;
 }

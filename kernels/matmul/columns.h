@@ -1,7 +1,7 @@
 // Products of columns: few rows of a, and b walked along N as it lies in memory ([K, N] row-major).
 //
-// A vector holds 16 neighbouring columns of one lane, as in panels.h, but b is not packed: a block of
-// columns keeps its 16 lanes of partial sums in the nearest cache while b passes by once.
+// A vector holds 16 neighbouring columns of one lane, as in panels.h, but b is not packed: a block
+// of columns keeps its 16 lanes of partial sums in the nearest cache while b passes by once.
 #ifndef BICOMPILE_MATMUL_COLUMNS_H
 #define BICOMPILE_MATMUL_COLUMNS_H
 

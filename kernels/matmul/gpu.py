@@ -1,11 +1,15 @@
-"""Triton matmul: one chain over K per output element, so tiles, warps and stages change no bit."""
+"""Triton matmul: one chain over K per output element, so tiles, warps and stages change no bit.
+
+fp32 in full precision ("ieee") sums chains of PART terms, one after the other: a chain of thousands
+is less accurate than what PyTorch calls.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-from bicompile.kernels.common.trees import OPTIONS, strides
-from bicompile.kernels.matmul.schedules import schedule
+from bicompile.kernels.common.trees import INTERPRET, OPTIONS, strides
+from bicompile.kernels.matmul.schedules import PART, schedule
 
 GROUP = tl.constexpr(8)  # rows of tiles that share their columns in L2
 
@@ -20,10 +24,31 @@ def _tile_of(tile, num_m, num_n):
 
 
 @triton.jit
+def _tf32(x):
+    """fp32 rounded to nearest in tf32; the tensor cores would cut it off."""
+    if not INTERPRET:
+        x = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
+    return x
+
+
+@triton.jit
+def _add_dot(x, y, acc, KIND: tl.constexpr):
+    """acc + x @ y. ieee: a chain of its own for BK terms, then one sum: fewer large roundings."""
+    if KIND == "ieee":
+        part = tl.dot(x, y, input_precision="ieee")
+        acc = tl.math.fma(part, tl.full(part.shape, 1.0, tl.float32), acc)  # "+" becomes one chain
+    elif KIND == "tf32":
+        acc = tl.dot(_tf32(x), _tf32(y), acc, input_precision="tf32")
+    else:
+        acc = tl.dot(x, y, acc)
+    return acc
+
+
+@triton.jit
 def _chain(
     A, B, rm, rn, M, N, K, sam, sak, sbk, sbn,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
     """acc [BM, BN]: K in rising order from +0; what lies outside the matrices adds 0 * 0."""
     rk = tl.arange(0, BK)
@@ -41,7 +66,7 @@ def _chain(
         else:
             x = tl.load(a, mask=in_m & (rk[None, :] < K - k), other=0.0)
             y = tl.load(b, mask=in_n & (rk[:, None] < K - k), other=0.0)
-        acc = tl.dot(x, y, acc, input_precision=PRECISION)
+        acc = _add_dot(x, y, acc, KIND)
         a += step_a
         b += step_b
     return acc
@@ -51,7 +76,7 @@ def _chain(
 def matmul_kernel(
     A, B, C, Y, M, N, K, sab, sam, sak, sbb, sbk, sbn, scb, scm, scn, beta, alpha,
     HAS_C: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Y = alpha * A @ B + beta * C, rounded once; program (matrix, tile)."""
     num_m = tl.cdiv(M, BM)
@@ -63,7 +88,7 @@ def matmul_kernel(
     rn = tile_n * BN + tl.arange(0, BN)
     y = _chain(
         A + batch * sab, B + batch * sbb, rm, rn, M, N, K, sam, sak, sbk, sbn,
-        BM, BN, BK, EVEN_K, PRECISION,
+        BM, BN, BK, EVEN_K, KIND,
     )  # fmt: skip
     row = rm.to(tl.int64)[:, None]
     column = rn.to(tl.int64)[None, :]
@@ -87,13 +112,14 @@ def _launch(a, b, c, beta, alpha, tf32, chosen=None):
         return out
     kind = "half" if a.dtype != torch.float32 else "tf32" if tf32 else "ieee"
     s = chosen or schedule(kind, m)
+    assert kind != "ieee" or s.bk == PART
     has_c = c is not None and beta != 0
     c, c_strides = (c, strides(c)) if has_c else (out, (0, 0, 0))
     grid = (batch * triton.cdiv(m, s.bm) * triton.cdiv(n, s.bn),)
     matmul_kernel[grid](
         a, b, c, out, m, n, k, *strides(a), *strides(b), *c_strides, float(beta), float(alpha),
         HAS_C=has_c, HAS_ALPHA=alpha != 1, HAS_BETA=beta != 1, EVEN_K=k % s.bk == 0,
-        PRECISION="tf32" if kind == "tf32" else "ieee", BM=s.bm, BN=s.bn, BK=s.bk,
+        KIND=kind, BM=s.bm, BN=s.bn, BK=s.bk,
         num_warps=s.warps, num_stages=s.stages, **OPTIONS,
     )  # fmt: skip
     return out

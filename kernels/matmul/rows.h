@@ -99,7 +99,7 @@ void row_tiles(const typename P::Element* a, int64_t lda, const typename P::Elem
 #if defined(__AVX512F__)
 constexpr int kRowM = 4, kRowN = 6, kVectorN = 8;
 #else
-constexpr int kRowM = 2, kRowN = 2, kVectorN = 4;
+constexpr int kRowM = 2, kRowN = 3, kVectorN = 4;
 #endif
 
 // Columns [n0, n1) of all rows.

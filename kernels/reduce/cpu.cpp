@@ -211,7 +211,8 @@ Tensor std_(const Tensor& self, Sizes dim, double correction, bool keepdim) {
     return narrow(sqrt(variance(x, K, correction, mean)));
   });
 }
-std::tuple<Tensor, Tensor> var_mean(const Tensor& self, Sizes dim, double correction, bool keepdim) {
+std::tuple<Tensor, Tensor> var_mean(const Tensor& self, Sizes dim, double correction,
+                                    bool keepdim) {
   const Split split(self, dim, keepdim);
   const ScalarType type = self.scalar_type();
   Tensor vars = empty(self, split.shape), means = empty(self, split.shape);
