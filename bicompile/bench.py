@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -34,8 +35,8 @@ OP_CASES = tuple(
         "mm 576x1536": (1, 16, 128),
         "mm 1536x576": (1, 16, 128),
         "mm 576x49152": (1, 4),
-        "sdpa 9x3x1x512x64": (1, 4, 16),
-        "sdpa 9x3x128x128x64": (1, 4),
+        "decode 9x3x512x64": (1, 4, 16),
+        "prefill 9x3x128x64": (1, 4),
         "rms_norm 576": (1, 128),
         "layer_norm 576": (1, 128),
         "softmax 2048": (1, 128),
@@ -101,7 +102,12 @@ def run(args: argparse.Namespace) -> int:
                 **{k: getattr(args, k) for k in ("model", "device", "threads", "mode")},
             }
             name = f"{kind}, {dtype}"
-            rows[name] = list(measure(settings, args.rounds, args.quick, progress))
+            rows[name] = []
+            try:
+                for row in measure(settings, args.rounds, args.quick, progress):
+                    rows[name].append(row)
+            except WorkerFailed as error:
+                rows[name].append(Row("the rest", "", {}, str(error)))
             _show(console, name, rows[name])
     if args.json:
         tables = {name: [asdict(row) for row in table] for name, table in rows.items()}
@@ -140,7 +146,10 @@ def measure(
                 every = {s: sum(v) for s, v in compiled.items()}
                 yield Row("compile, first answer", "s", first, broken.get(OURS, ""))
                 yield Row("compile, all cases", "s", every)
-            wrong = check_bits(workers[OURS], cases) if OURS in workers else broken
+            if OURS in workers:
+                wrong = check_bits(workers[OURS], cases)
+            else:
+                wrong = {case.group: broken[OURS] for case in cases}
             with console.status(f"{settings['dtype']} {kind}: {rounds} rounds"):
                 yield from race(workers, cases, rounds, _CALLS[kind], wrong)
         if kind == "model":
@@ -257,17 +266,18 @@ class Worker:
 def _show(console: Console, name: str, rows: Sequence[Row]) -> None:
     systems = [s for s in ("eager", BASE, OURS) if any(s in row.figures for row in rows)]
     bases = [s for s in systems if s != OURS]
-    table = Table(title=f"{name} (a ratio below 1: bicompile takes less)")
+    title = f"{name} (a ratio below 1: bicompile takes less)"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     for system in systems:
         table.add_column(system, justify="right")
     for base in bases:
-        table.add_column(f"/ {base}", justify="right")
+        table.add_column(f"/{base}", justify="right")
     for row in rows:
-        figures = [f"{row.figures[s]:.4g}" if s in row.figures else "-" for s in systems]
+        figures = [f"{row.figures[s]:.3g}" if s in row.figures else "-" for s in systems]
         ratios = [row.ratio(b) for b in bases]
         shown = [f"[bold]{r:.2f}[/]" if r is not None else "-" for r in ratios]
         table.add_row(f"{row.what} ({row.unit})", *figures, *shown)
-        if row.note:
-            table.add_row(f"[red]{escape(row.note)}[/]")
     console.print(table)
+    for note in dict.fromkeys(f"{row.what}: {row.note}" for row in rows if row.note):
+        console.print(f"[red]{escape(note)}[/]")

@@ -128,23 +128,22 @@ def run(args: argparse.Namespace) -> int:
 
     check_device(args.device)
     console, progress_console = Console(), Console(file=sys.stderr)
-    batches = make_batches(_read_prompts(args.prompts), args.batch_sizes)
-    mixed = mixed_batches(_read_prompts(args.prompts), args.completions or 0)
+    others = _read_prompts(args.prompts)
+    batches = make_batches(others, args.batch_sizes)
+    mixed = mixed_batches(others, args.completions or 0)
     found = machine(args.device)
     console.print(f"[dim]{escape(title(found))}[/]")
     dtype = getattr(torch, args.dtype)
-    model, tokenizer = models.load(
-        args.model, dtype=dtype, device=args.device, console=progress_console
-    )
-    asker = Asker(model, tokenizer, args.max_new_tokens, batches + mixed, progress_console)
+    loaded = models.load(args.model, dtype=dtype, device=args.device, console=progress_console)
+    asker = Asker(*loaded, args.max_new_tokens, batches + mixed, progress_console)
     systems = ["eager", *([args.compare] if args.compare else []), "bicompile"]
     results = [asker.run(system, batches, mixed) for system in systems]
     _show(console, results, args)
     if args.json:
         settings = {k: v for k, v in vars(args).items() if isinstance(v, (str, int, tuple))}
-        report: dict[str, Any] = {"machine": found, "settings": settings, "question": QUESTION}
-        report["systems"] = [_as_json(r) for r in results]
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        report = {"machine": found, "settings": settings, "question": QUESTION}
+        seen = {"systems": [_as_json(r) for r in results]}
+        args.json.write_text(json.dumps(report | seen, indent=1) + "\n")
     ours = results[-1]
     return 0 if ours.unique == 1 and ours.unique_completions <= 1 else 1
 
@@ -194,7 +193,7 @@ class Asker:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         longest = max(len(self._encode(b.prompts).input_ids[0]) for b in batches)
-        # One length of the cache for all batches: one shape less that varies.
+        # One length for all batches: one shape less that varies.
         self.cache_slots = -(-(longest + max_new_tokens) // 64) * 64
 
     def run(self, system: str, batches: Sequence[Batch], mixed: Sequence[Batch]) -> Result:
@@ -316,9 +315,6 @@ def _show(console: Console, results: Sequence[Result], args: argparse.Namespace)
     table = Table(
         title=f'"{QUESTION}"\ngreedy, {args.dtype}, {args.max_new_tokens} tokens, '
         f"among 0 to {max(args.batch_sizes) - 1} other prompts",
-        caption=f"answers: how many different ones at batch sizes {sizes}"
-        + (f"; in {args.completions} completions" if args.completions else "")
-        + "\nparts: first token that differs; seconds: with compilation",
     )
     table.add_column("system")
     counted = ["answers", *(["completions"] if args.completions else [])]
@@ -326,14 +322,12 @@ def _show(console: Console, results: Sequence[Result], args: argparse.Namespace)
         table.add_column(name, justify="right")
     for r in results:
         counts = [r.unique, *([r.unique_completions] if args.completions else [])]
-        table.add_row(
-            TITLES[r.system],
-            *(f"[bold {'green' if n == 1 else 'red'}]{n}[/]" for n in counts),
-            str(r.first_difference or "-"),
-            f"{r.tokens_per_second:.1f}",
-            f"{r.seconds:.1f}",
-        )
+        shown = [f"[bold {'green' if n == 1 else 'red'}]{n}[/]" for n in counts]
+        shown += [str(r.first_difference or "-"), f"{r.tokens_per_second:.1f}", f"{r.seconds:.1f}"]
+        table.add_row(TITLES[r.system], *shown)
     console.print(table)
+    console.print(f"[dim]answers: different ones at batch sizes {sizes}; parts: first token that")
+    console.print("[dim]differs; tokens/s: decoding, all rows; seconds: all, compilation included")
     for r in results:
         console.print(f"[bold]{TITLES[r.system]}[/]")
         for line in part_lines(r.answers):
@@ -341,16 +335,16 @@ def _show(console: Console, results: Sequence[Result], args: argparse.Namespace)
 
 
 def part_lines(answers: Sequence[Answer]) -> list[str]:
-    """One line per different answer; where they part, the first differing word stands out."""
+    """One line per different answer; the word at which it leaves the others stands out."""
     groups: dict[tuple[int, ...], list[Answer]] = {}
     for answer in answers:
         groups.setdefault(tuple(answer.tokens), []).append(answer)
     if len(groups) == 1:
         return [f"at every batch size: {escape(answers[0].text.strip())}"]
     texts = [group[0].text.strip().split(" ") for group in groups.values()]
-    same = min(_common(a, b) for a in texts for b in texts if a is not b)
     lines = []
     for words, group in zip(texts, groups.values(), strict=True):
+        same = max(_common(words, other) for other in texts if other is not words)
         at = ", ".join(str(a.batch_size) for a in group)
         before = escape(" ".join(words[max(0, same - _WORDS_SHOWN) : same]))
         word = escape(" ".join(words[same : same + 1])) or "(end)"
@@ -377,9 +371,9 @@ def _as_json(result: Result) -> dict[str, Any]:
 def _read_prompts(file: Path | None) -> tuple[str, ...]:
     if file is None:
         return OTHERS
+    reason = "the file holds no prompt"
     try:
         lines = tuple(line.strip() for line in file.read_text().splitlines() if line.strip())
-        reason = "the file holds no prompt"
     except OSError as error:
         lines, reason = (), error.strerror or str(error)
     if not lines:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+# One thread for each worker of pytest-xdist: threads that outnumber the cores wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -67,6 +68,8 @@ def test_answers_are_shown_where_they_part():
     assert lines[0].startswith("batch 1, 3: ")
     assert "one two[/] [bold red]three[/] four" in lines[0]
     assert "[bold red]\\[red][/] four" in lines[1]
+    three = demo.part_lines(answers("a x", "b x y", "b x z"))
+    assert [re.search(r"red\](\w+)", line)[1] for line in three] == ["a", "y", "z"]
     assert demo.part_lines(answers("one", "one")) == ["at every batch size: one"]
     assert "(end)" in demo.part_lines(answers("one", "one two"))[0]
 

@@ -1,4 +1,4 @@
-"""The Triton kernels against their laws: on an NVIDIA GPU (`pytest -m gpu`), and in Triton's interpreter.
+"""The Triton kernels and their laws: on an NVIDIA GPU (`pytest -m gpu`), and in the interpreter.
 
 In the interpreter a dot is replaced by one fp32 chain over K, which is the order that the laws
 assume of the hardware; so equal bits there show the structure, and on the GPU they show the rest.
@@ -62,8 +62,6 @@ def law(test):
     """A test for the device, or for the interpreter inside `test_in_the_interpreter`."""
     for mark in on_device:
         test = mark(test)
-    if not INTERPRET:
-        return test
     return test
 
 
@@ -115,10 +113,8 @@ def views(x):
 
 
 def no_worse(ours, theirs, exact):
-    """Root mean square error against float64; what lies under half a unit in the last place is luck."""
-    error = [
-        float((r.double() - exact).pow(2).mean().sqrt()) for r in (ours.cpu(), theirs.cpu())
-    ]
+    """Root mean square error against float64; under half a unit in the last place is luck."""
+    error = [float((r.double() - exact).pow(2).mean().sqrt()) for r in (ours.cpu(), theirs.cpu())]
     unit = float(exact.abs().mean()) * torch.finfo(ours.dtype).eps / 2
     assert error[0] <= 1.25 * error[1] + unit, error
     return error
@@ -150,8 +146,8 @@ ROW_OPS = {
     "rms_norm": lambda x, **s: norm.rms_norm(x, 1, _weights(x)[0], 1e-6, 0.0, True, **s),
     "rms_norm_offset": lambda x, **s: norm.rms_norm(x, 1, _weights(x)[0], 1e-6, 1.0, False, **s),
 }
-ROW_SIZES = (1, 7, 300, 4100) if INTERPRET else (1, 5, 33, 256, 576, 1000, 4096, 4097, 12289)
-BATCHES = (1, 3) if INTERPRET else (1, 2, 3, 5, 8, 17, 32)
+ROW_SIZES = (7, 300, 4100) if INTERPRET else (1, 5, 33, 256, 576, 1000, 4096, 4097, 12289)
+BATCHES = (2,) if INTERPRET else (1, 2, 3, 5, 8, 17, 32)
 ROW_COUNT = 5 if INTERPRET else 33
 
 
@@ -355,7 +351,7 @@ def test_matmul_accuracy(kind, dtype, tf32):
 
 # ---- attention -------------------------------------------------------------------------------
 
-LONG = 80 if INTERPRET else 1300
+LONG = 60 if INTERPRET else 1300
 if INTERPRET:
     attention.CHUNK, attention.TILE, attention.MERGE_ROWS = 32, {2: 16, 4: 16}, 128
 
@@ -381,7 +377,8 @@ def _causal(q, s, past=0):
 HEADS = ((3, 1, 20, 24),) if INTERPRET else (
     (8, 2, 64, 64), (9, 3, 64, 64), (8, 8, 128, 128), (4, 1, 80, 96), (2, 2, 256, 256),
 )  # fmt: skip
-SOME = {HALF: HEADS, torch.float16: HEADS[:1], FULL: HEADS[:1] + HEADS[2:4]}
+HEAD_SIZES = {24: 64, 64: 64, 96: 128, 128: 128, 256: 256}  # head -> column of the table
+SOME = {HALF: HEADS, torch.float16: HEADS[:1], FULL: () if INTERPRET else HEADS[:1] + HEADS[2:4]}
 attention_case = pytest.mark.parametrize(
     "dtype,h,hkv,d,dv", [(dtype, *heads) for dtype in DTYPES for heads in SOME[dtype]]
 )
@@ -402,7 +399,7 @@ def test_attention_spellings_and_schedules(dtype, h, hkv, d, dv):
     g = h // hkv
     same(sdpa(q, k.repeat_interleave(g, 1), v.repeat_interleave(g, 1), causal=True), whole)
     same(sdpa(q[1:], k[1:], v[1:], causal=True), whole[1:])
-    for s in attention_schedules.schedules(q.element_size(), max(d, dv)):
+    for s in attention_schedules.schedules(q.element_size(), HEAD_SIZES[max(d, dv)]):
         for split in (False, True):
             same(sdpa(q, k, v, causal=True, chosen=s, split=split), whole)
             same(sdpa(q, k, v, mask, chosen=s, split=split), whole)
@@ -439,6 +436,7 @@ def test_masked_keys_are_absent(dtype, h, hkv, d, dv):
     q, k, v = _qkv(2, h, hkv, n, n, d, dv, dtype)
     whole = sdpa(q, k, v, causal=True)
     for left in (1, 33) if INTERPRET else (1, 64, 130):
+
         def padded(x, fill, left=left):
             y = torch.full((2, hkv, left + n + 3, x.shape[-1]), fill, dtype=dtype, device=DEVICE)
             y[0, :, left : left + n], y[1, :, :n] = x[0], x[1]

@@ -1,8 +1,8 @@
 """Triton attention: keys in pinned chunks of pinned tiles, counted from the first visible key.
 
-A chunk is an online softmax over its tiles; chunks are merged in rising order. One program walks the
-chunks, or each chunk has a program of its own (`split`): the same numbers. A tile or a chunk that a
-row does not see changes nothing of that row, so what is skipped is a matter of speed alone.
+A chunk is an online softmax over its tiles; chunks are merged in rising order. One program walks
+the chunks, or each chunk has a program of its own (`split`): the same numbers. A tile or a chunk
+that a row does not see changes nothing of that row, so what is skipped is a matter of speed alone.
 """
 
 import torch
@@ -18,6 +18,17 @@ CHUNK = 512  # pinned: keys of a chunk
 MERGE_ROWS = 4  # rows of a program of the merge (free)
 FAR = 1 << 22  # strides of keys and columns stay below this
 TILE = {2: 64, 4: 32}  # pinned: keys of a tile, by bytes per element
+
+
+@triton.jit
+def _rows(BH, TILES, Q_LEN, H: tl.constexpr, G: tl.constexpr, R: tl.constexpr):
+    """What this program computes: R rows, each a query and one of the G heads of a key head."""
+    pid = tl.program_id(0)
+    bh = (pid % BH).to(tl.int64)
+    row = (TILES - 1 - pid // BH) * R + tl.arange(0, R)  # the longest tiles first
+    here = row < Q_LEN * G
+    query = tl.where(here, row // G, 0)
+    return bh, bh // (H // G), row, here, query, bh % (H // G) * G + row % G
 
 
 @triton.jit
@@ -55,7 +66,11 @@ def _anchor(START, b, rs, PARTS, MODE: tl.constexpr):
 
 @triton.jit
 def _span(first, last, plain, anchor, T: tl.constexpr):
-    """Tiles [t0, t1) that some row sees; tiles [.., full) from key `head` on are seen whole."""
+    """What a program has to do.
+
+    Tiles [t0, t1) that some row sees; those from key `head` up to tile `full` are seen whole; the
+    lowest and the highest key seen; whether the ranges say all.
+    """
     seen = last >= first
     top = tl.max(last, 0)
     low = tl.min(first, 0)
@@ -63,8 +78,9 @@ def _span(first, last, plain, anchor, T: tl.constexpr):
     t1 = tl.where(top < 0, 0, (top - anchor) // T + 1)
     head = tl.max(tl.where(seen, first, 0), 0)
     full = (tl.min(tl.where(seen, last, NO_KEY), 0) + 1 - anchor) // T
-    full = tl.where((tl.min(plain, 0) > 0) & (top >= 0), full, 0)
-    return t0, t1, head, full, low, top
+    ranged = tl.min(plain, 0) > 0
+    full = tl.where(ranged & (top >= 0), full, 0)
+    return t0, t1, head, full, low, top, ranged
 
 
 @triton.jit(
@@ -79,19 +95,12 @@ def attention_kernel(
     BIAS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of R rows, batch row x key head[, chunk]); row = query x head of the group."""
-    pid = tl.program_id(0)
-    bh = (pid % BH).to(tl.int64)
-    tile = TILES - 1 - pid // BH  # the longest first
-    b = bh // (H // G)
-    row = tile * R + tl.arange(0, R)
-    here = row < Q_LEN * G
-    query = tl.where(here, row // G, 0)
-    head = bh % (H // G) * G + row % G
+    bh, b, row, here, query, head = _rows(BH, TILES, Q_LEN, H, G, R)
     first, last, plain = _row_ranges(
         FIRST, LAST, PLAIN, rb, rh, rq, b, head, query, here, S, MODE, R
     )
     anchor = _anchor(START, b, rs, PARTS, MODE)
-    t0, t1, seen, full, low, top = _span(first, last, plain, anchor, T)
+    t0, t1, seen, full, low, top, ranged = _span(first, last, plain, anchor, T)
     d = tl.arange(0, DP)
     q = Q + b * sqb + head * sqh + query.to(tl.int64) * sqm
     if Q.dtype.element_ty != tl.float32:
@@ -112,23 +121,23 @@ def attention_kernel(
         hi = tl.minimum(t1, c * PER + PER)
         mid = tl.where(seen <= anchor + lo * T, tl.minimum(tl.maximum(full, lo), hi), lo)
         m, l, a = attend_chunk(
-            q, k, v, bias, first, last, plain, low, top, anchor, lo, mid, hi,
+            q, k, v, bias, first, last, plain, low, top, anchor, lo, mid, hi, ranged,
             sqd, sks, skd, svs, svd, sms, scale, D, DV, DP, DVP, R, T, MODE == "mask", BIAS, STAGES,
         )  # fmt: skip
         if SPLIT:
             mt, lt, at = m, l, a
         else:
             mt, lt, at = merge(mt, lt, at, m, l, a)
-    e = tl.arange(0, DVP)
-    inside = here[:, None] & (e[None, :] < DV)
+    e = tl.arange(0, DVP)[None, :]
+    inside = here[:, None] & (e < DV)
     if SPLIT:
         i = (bh * Q_LEN * G + row) * CHUNKS + tl.program_id(1)
         tl.store(TOP + i, mt, mask=here)
         tl.store(SUM + i, lt, mask=here)
-        tl.store(OUT + i[:, None] * DV + e[None, :], at, mask=inside)
+        tl.store(OUT + i[:, None] * DV + e, at, mask=inside)
     else:
         i = ((b * Q_LEN + query) * H + head) * DV
-        tl.store(OUT + i[:, None] + e[None, :], finish(lt, at, OUT), mask=inside)
+        tl.store(OUT + i[:, None] + e, finish(lt, at, OUT), mask=inside)
 
 
 @triton.jit
@@ -143,7 +152,7 @@ def merge_kernel(
     TOP, SUM, ACC, OUT, ROWS, Q_LEN, CHUNKS, H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr,
     R: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Program (R rows, COLUMNS of the head): chunks in rising order, AHEAD of them loaded at once."""
+    """Program (R rows, COLUMNS of the head): chunks in rising order, AHEAD of them at a time."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     e = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mt = tl.full([R], float("-inf"), tl.float32)
@@ -176,9 +185,7 @@ def _mode(attn_mask, is_causal):
     return "mask" if attn_mask is not None else "causal" if is_causal else "all"
 
 
-def sdpa(
-    query, key, value, attn_mask, is_causal, scale, chosen=None, split=None, dtype=None
-):
+def sdpa(query, key, value, attn_mask, is_causal, scale, chosen=None, split=None, dtype=None):
     """softmax(query @ key.T * scale + mask) @ value; the memory of the output is [B, Q, H, Dv].
 
     For tests: `chosen` and `split` pick the schedule, which changes no bit; `dtype` float32 shows

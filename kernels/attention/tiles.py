@@ -11,10 +11,10 @@ SLICE = tl.constexpr(32)  # columns of the head in one fp32 dot
 
 @triton.jit
 def _weigh(s, m, TYPE: tl.constexpr):
-    """Weights of a tile of logits (base 2; unseen: -inf), rounded to the type of the values; the
-    new maximum; the factor of what came before.
+    """Weights of a tile of logits (base 2; unseen: -inf), new maximum, factor of what came before.
 
-    Exact no-op for a row that sees nothing here: the difference comes first, so the factor is 1.
+    The weights are rounded to the type of the values, and summed as they are multiplied. Exact
+    no-op for a row that sees nothing here: the difference comes first, so the factor is 1.
     """
     m_new = tl.maximum(m, tl.max(s, 1))
     top = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -34,9 +34,7 @@ def _load(
 
 
 @triton.jit
-def _load_full(
-    X, key0, stride, column_stride, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr
-):
+def _load_full(X, key0, stride, column_stride, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr):
     """The same for a tile that is seen whole."""
     d = tl.arange(0, DP)
     at = tl.arange(0, T)[:, None] * stride + d[None, :] * column_stride
@@ -101,8 +99,11 @@ def _special(p, vis, v):
 
 @triton.jit
 def _seen(x):
-    """Whether the byte of a mask is set. Through an opaque move: from operands that derive from
-    bytes Triton makes a dot (mma.sync) that takes its K in another order, so with other bits."""
+    """Whether the byte of a mask is set.
+
+    Through an opaque move: where an operand of a dot derives from bytes, Triton takes a wider
+    layout (kWidth 4), in which mma.sync meets the terms of K in another order, with other bits.
+    """
     x = x.to(tl.int32)
     if not INTERPRET:
         x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.int32, False, 1)
@@ -131,46 +132,78 @@ def _visible(
 
 
 @triton.jit
+def _scores(
+    q, sqd, K, key0, there, sks, skd, scale,
+    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Logits of a tile. q: the queries [R, DP]; in fp32 their addresses [R]."""
+    if q.dtype.is_ptr():
+        s = _sliced_scores(q, sqd, K, key0, there, sks, skd, D, R, T)
+    else:
+        s = tl.dot(q, _load(K, key0, there, sks, skd, D, DP, T).T)
+    return s * scale
+
+
+@triton.jit
+def _partial_tile(
+    t, m, total, acc, q, K, V, MASK, first, last, plain, low, top, anchor,
+    sqd, sks, skd, svs, svd, sms, scale,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, R: tl.constexpr,
+    T: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """A tile of which some row sees only a part. What a row does not see adds nothing to it."""
+    key0 = anchor + t * T
+    there = (key0 + tl.arange(0, T) >= low) & (key0 + tl.arange(0, T) <= top)
+    s = _scores(q, sqd, K, key0, there, sks, skd, scale, D, DP, R, T)
+    s, vis = _visible(s, key0, first, last, plain, MASK, sms, T, MASKED, BIAS)
+    v = _load(V, key0, there, svs, svd, DV, DVP, T)
+    p, m, factor = _weigh(s, m, v.dtype)
+    total = _add_weights(p, total * factor)
+    bad = (v - v) != 0.0  # inf and NaN: as 0 here, then what they are to the rows that see them
+    acc = _add(p, tl.where(bad, 0.0, v).to(v.dtype), acc * factor)
+    if tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0:
+        acc = acc + _special(p, vis, _load(V, key0, there, svs, svd, DV, DVP, T))
+    return m, total, acc
+
+
+@triton.jit
 def attend_chunk(
-    q, K, V, MASK, first, last, plain, low, top, anchor, lo, mid, hi,
+    q, K, V, MASK, first, last, plain, low, top, anchor, lo, mid, hi, ranged,
     sqd, sks, skd, svs, svd, sms, scale,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, R: tl.constexpr,
     T: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Tiles [lo, mid), which every row sees whole, then [mid, hi): maximum, sum, weighted values.
+    """Maximum, sum of weights and weighted values over tiles [lo, hi) of a chunk.
 
-    q: the queries [R, DP]; in fp32 their addresses [R].
+    Every row sees tiles [lo, mid) whole. Of the rest the ranges say all where `ranged`; else the
+    mask is read. (Loops of their own: what is not needed is not even fetched as code.)
     """
-    SLICED: tl.constexpr = q.dtype.is_ptr()
     m = tl.full([R], float("-inf"), tl.float32)
     total = tl.zeros([R, ONES], tl.float32)
     acc = tl.zeros([R, DVP], tl.float32)
     for t in tl.range(lo, mid, num_stages=STAGES):
         key0 = anchor + t * T
-        if SLICED:
-            s = _sliced_scores(q, sqd, K, key0, tl.full([T], 1, tl.int1), sks, skd, D, R, T)
+        if q.dtype.is_ptr():
+            there = tl.full([T], 1, tl.int1)
+            s = _sliced_scores(q, sqd, K, key0, there, sks, skd, D, R, T) * scale
         else:
-            s = tl.dot(q, _load_full(K, key0, sks, skd, D, DP, T).T)
+            s = tl.dot(q, _load_full(K, key0, sks, skd, D, DP, T).T) * scale
         v = _load_full(V, key0, svs, svd, DV, DVP, T)
-        p, m, factor = _weigh(s * scale, m, v.dtype)
-        total = _add_weights(p, total * factor)
-        acc = _add(p, v, acc * factor)
-    for t in tl.range(mid, hi, num_stages=1):
-        key0 = anchor + t * T
-        there = (key0 + tl.arange(0, T) >= low) & (key0 + tl.arange(0, T) <= top)
-        if SLICED:
-            s = _sliced_scores(q, sqd, K, key0, there, sks, skd, D, R, T)
-        else:
-            s = tl.dot(q, _load(K, key0, there, sks, skd, D, DP, T).T)
-        s, vis = _visible(s * scale, key0, first, last, plain, MASK, sms, T, MASKED, BIAS)
-        v = _load(V, key0, there, svs, svd, DV, DVP, T)
         p, m, factor = _weigh(s, m, v.dtype)
         total = _add_weights(p, total * factor)
-        bad = (v - v) != 0.0
-        # the value of a key that a row does not see must add nothing, not even NaN
-        acc = _add(p, tl.where(bad, 0.0, v).to(v.dtype), acc * factor)
-        if tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0:
-            acc = acc + _special(p, vis, _load(V, key0, there, svs, svd, DV, DVP, T))
+        acc = _add(p, v, acc * factor)
+    edge = tl.where(ranged, hi, mid)
+    for t in tl.range(mid, edge, num_stages=1):
+        m, total, acc = _partial_tile(
+            t, m, total, acc, q, K, V, MASK, first, last, plain, low, top, anchor,
+            sqd, sks, skd, svs, svd, sms, scale, D, DV, DP, DVP, R, T, False, False,
+        )  # fmt: skip
+    if MASKED:
+        for t in tl.range(edge, hi, num_stages=1):
+            m, total, acc = _partial_tile(
+                t, m, total, acc, q, K, V, MASK, first, last, plain, low, top, anchor,
+                sqd, sks, skd, svs, svd, sms, scale, D, DV, DP, DVP, R, T, True, BIAS,
+            )  # fmt: skip
     return m, tl.max(total, 1), acc
 
 

@@ -1,4 +1,4 @@
-"""Triton device functions that every family shares: sums with their order in the IR, and exact math.
+"""Triton device functions that every family shares: sums with their order in the IR, and math.
 
 `tl.sum` over an axis takes its order from the layout, and the layout follows alignment, strides and
 warps. A `tl.sum` over exactly two elements is a + b in every layout, so a sum here is a chain of
@@ -34,7 +34,7 @@ def row_shape(k: int) -> tuple[int, int]:
 
 
 def strides(x: torch.Tensor) -> list[int]:
-    """Strides for a kernel; an axis of one element gets 0, so that its stride makes no new variant."""
+    """Strides for a kernel; 0 for an axis of one element: its stride makes no new variant."""
     return [0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)]
 
 
@@ -91,7 +91,7 @@ def positions(J: tl.constexpr, L: tl.constexpr):
 
 @triton.jit
 def load_terms(X, row, here, k, K, stride, other):
-    """Terms k of each row as fp32; `other` where there is none. row, here: [R, 1, 1]; k: [1, J, L]."""
+    """Terms k of each row as fp32, else `other`. row, here: [R, 1, 1]; k: [1, J, L]."""
     x = tl.load(X + row + k.to(tl.int64) * stride, mask=here & (k < K), other=other)
     return x.to(tl.float32)
 

@@ -1,4 +1,4 @@
-"""Schedules of the Triton matmul: tiles, warps and stages by kind and number of rows. Free: no bits.
+"""Schedules of the Triton matmul: tiles, warps and stages by kind and rows. Free: no bits.
 
 Every entry fits 99 KB of shared memory (sm_80 and later).
 """
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
+    """Tile of the output, step in K, warps and pipeline stages."""
+
     bm: int
     bn: int
     bk: int
@@ -28,15 +30,17 @@ TABLE = {
         (1 << 62, Schedule(128, 128, 64, 8, 3)),
     ),
     "tf32": (
-        (16, Schedule(16, 32, 128, 4, 4)),
+        (16, Schedule(16, 16, 128, 2, 4)),
         (64, Schedule(64, 32, 64, 4, 4)),
         (256, Schedule(64, 64, 32, 4, 4)),
-        (1 << 62, Schedule(128, 128, 32, 8, 3)),
+        (1 << 62, Schedule(128, 128, 32, 4, 3)),
     ),
     "ieee": (
-        (16, Schedule(16, 32, 32, 4, 5)),
-        (128, Schedule(32, 32, 32, 4, 4)),
-        (1 << 62, Schedule(64, 64, 32, 4, 3)),
+        (1, Schedule(1, 32, 32, 1, 6)),
+        (8, Schedule(4, 32, 32, 2, 5)),
+        (128, Schedule(16, 32, 32, 2, 5)),
+        (1024, Schedule(64, 64, 32, 4, 3)),
+        (1 << 62, Schedule(128, 128, 32, 8, 3)),
     ),
 }
 

@@ -96,7 +96,7 @@ def rms_norm_kernel(
     R: tl.constexpr, J: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """The mean of the rounded squares is bit for bit what bicompile::mean gives."""
-    r, here, row, there = rows_of(M, sm, R)
+    r, _, row, there = rows_of(M, sm, R)
     at = positions(J, L)
     out = Y + (r * K)[:, None, None]
     if ONE:
@@ -154,9 +154,7 @@ def group_norm(input, weight, bias, groups, eps, chosen=None):
     x = input.reshape(n * groups, c // groups * spatial)
     out = torch.empty(input.shape, dtype=input.dtype, device=input.device)
     size = c // groups
-    return _normalise(
-        x, weight, bias, out, [n, groups], groups, size, max(spatial, 1), eps, chosen
-    )
+    return _normalise(x, weight, bias, out, [n, groups], groups, size, max(spatial, 1), eps, chosen)
 
 
 def rms_norm(input, normalized_ndim, weight, eps, offset, round_first, chosen=None):

@@ -146,9 +146,7 @@ def var_kernel(
 
 
 @triton.jit(do_not_specialize=["M"])
-def logsumexp_kernel(
-    X, Y, M, K, sm, sk, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr
-):
+def logsumexp_kernel(X, Y, M, K, sm, sk, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr):
     """log(sum(exp(x - max))) + max; an infinite maximum shifts nothing."""
     r, here, row, there = rows_of(M, sm, R)
     top = row_extreme(X, row, there, K, sk, "max", R, J, L)

@@ -1,10 +1,12 @@
-"""Schedules of the row kernels (reduce, softmax, norm): rows per program and warps. Free: no bits."""
+"""Schedules of the row kernels (reduce, softmax, norm): rows per program, warps. Free: no bits."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Schedule:
+    """Rows per program, and its warps."""
+
     rows: int
     warps: int
 

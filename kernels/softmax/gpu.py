@@ -1,4 +1,4 @@
-"""Triton kernels of softmax and log_softmax: exact maximum, then the sum in the order of `trees`."""
+"""Triton kernels of softmax and log_softmax: exact maximum, the sum in the order of `trees`."""
 
 import torch
 import triton
@@ -34,7 +34,7 @@ def softmax_kernel(
     LOG: tl.constexpr, ONE: tl.constexpr, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """R rows. ONE: a row is one block and stays in registers."""
-    r, here, row, there = rows_of(M, sm, R)
+    r, _, row, there = rows_of(M, sm, R)
     at = positions(J, L)
     out = Y + (r * K)[:, None, None]
     if ONE:
