@@ -184,8 +184,9 @@ def attention(
     )
     if rank > 4:
         out = out.unflatten(0, lead)
-        return out
-    return out if rank == 4 else out.squeeze(1) if rank == 3 else out.squeeze(1).squeeze(0)
+    elif rank < 4:
+        out = out.squeeze(1) if rank == 3 else out.squeeze(1).squeeze(0)
+    return out
 
 
 def _to_rank_4(x: torch.Tensor) -> torch.Tensor:

@@ -89,7 +89,8 @@ def _cuda_implementation(kernel: Kernel) -> Callable[..., Any]:
         if launch is None:
             module = importlib.import_module(f"bicompile.kernels.{kernel.family}.gpu")
             launch = getattr(module, kernel.name)
-        return launch(*args, **kwargs)
+        with torch.cuda.device_of(args[0]):
+            return launch(*args, **kwargs)
 
     return implementation
 
