@@ -24,10 +24,10 @@ hypothesis.settings.load_profile(PROFILE)
 def pytest_collection_modifyitems(config, items):
     """Leave out what needs a GPU, the real model or much time, unless it is asked for by name."""
     chosen = config.getoption("-m") or ""
-    for item in items:
-        for marker in ("gpu", "soak", "real"):
-            if item.get_closest_marker(marker) and marker not in chosen:
-                item.add_marker(pytest.mark.skip(reason=f"run with: pytest -m {marker}"))
+    absent = [m for m in ("gpu", "soak", "real") if m not in chosen]
+    left_out = [i for i in items if any(i.get_closest_marker(m) for m in absent)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [i for i in items if i not in set(left_out)]
 
 
 @pytest.fixture
