@@ -99,6 +99,16 @@ def check_batches(subject, batches=(2, 3, 5, 8, 17, 32)):
             subject.expect(subject(x)[at : at + 1], f"row {at} of {batch}, neighbours {bad}")
             if bad is None and batch > 5:
                 break
+    check_few_rows(subject)
+
+
+def check_few_rows(subject, batches=(2, 3, 5)):
+    """Two tokens only: so few rows that libraries switch to other kernels."""
+    alone = subject(subject.row[:, :2])
+    for batch in batches:
+        x = subject.random(batch, 2)
+        x[-1] = subject.row[0, :2]
+        testing.assert_same_bits(subject(x)[-1:], alone, f"two tokens, row {batch - 1} of {batch}")
 
 
 def check_padding(subject):
@@ -202,6 +212,7 @@ def test_default_backend_is_caught():
     torch.manual_seed(0)
     subject = Subject.__new__(Subject)
     config = CONFIGS["llama"]()
+    config.num_hidden_layers = 2
     subject.config, subject.dtype, subject.device = config, torch.float32, "cpu"
     subject.model = transformers.AutoModelForCausalLM.from_config(config).eval()
     subject.row = subject.random(1, LENGTH)
