@@ -223,7 +223,7 @@ class Asker:
             yield
         finally:
             vars(self.model).pop("forward", None)
-            torch._dynamo.reset()
+            torch.compiler.reset()
 
     def _encode(self, prompts: Sequence[str]) -> Any:
         if self.tokenizer.chat_template:

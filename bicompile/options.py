@@ -18,8 +18,6 @@ class Options:
         unsupported: an op without an invariant kernel is an "error", or "allow"ed to run as it is.
         graph_breaks: the same for graph breaks.
         random: the same for ops that draw random numbers.
-        schedules: "certified" uses every schedule that is known to give equal bits on this
-            machine, "single" one schedule per op, dtype and reduced size.
         disable: passes left out, by name.
         fuel: apply only the first `fuel` rewrites; None applies all.
     """
@@ -27,7 +25,6 @@ class Options:
     unsupported: str = "error"
     graph_breaks: str = "error"
     random: str = "error"
-    schedules: str = "certified"
     disable: tuple[str, ...] = ()
     fuel: int | None = None
 
@@ -47,7 +44,6 @@ class Options:
 
         accepted: dict[str, tuple[str, ...]] = {
             **dict.fromkeys(("unsupported", "graph_breaks", "random"), _POLICIES),
-            "schedules": ("certified", "single"),
             "disable": tuple(p.__name__ for p in PIPELINE if p is not audit),
         }
         known = [f.name for f in fields(cls)]

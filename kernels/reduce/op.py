@@ -125,7 +125,7 @@ prod = register(
         contract=Contract(_cases(dtype=None)),
         reference=prod_reference,
         eager=prod_reference,
-        order=ORDER.replace("sum", "product"),
+        order=ORDER,
         fake=_fake,
     )
 )
