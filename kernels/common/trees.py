@@ -3,6 +3,8 @@
 `tl.sum` over an axis takes its order from the layout, and the layout follows alignment, strides and
 warps. A `tl.sum` over exactly two elements is a + b in every layout, so a sum here is a chain of
 those: the order is then part of the program, and the compiler keeps its freedom to schedule.
+Sums run in float64, so that a result is rounded once, at its end: in float32, 256 lanes and their
+tree have up to 3 times the error of PyTorch's own sums.
 
 Order of a row of K terms (pinned, a function of K alone; see `row_shape`): blocks of J * L terms in
 rising order; a block is J rows of L lanes, folded by halves to L lanes; the lanes of successive

@@ -18,22 +18,23 @@ from bicompile.kernels.reduce.gpu import launch, row_sum, rows_of
 
 
 @triton.jit
-def _mean(total, K, R: tl.constexpr):
-    return tl.div_rn(total, tl.full([R], 1.0, tl.float32) * K)
-
-
-@triton.jit
 def _affine(
     x, mean, rstd, W, B, r, k, here, GROUPS, CHANNELS, SPATIAL,
     HAS_W: tl.constexpr, HAS_B: tl.constexpr,
 ):  # fmt: skip
-    """(x - mean) * rstd * w + b in fp32; the channel of term k of row r has the weight."""
+    """fma((x - mean) * rstd, w, b) in fp32; the channel of term k of row r has the weight."""
     y = (x - mean) * rstd
     channel = (r % GROUPS * CHANNELS)[:, None, None] + k // SPATIAL
     if HAS_W:
-        y = y * tl.load(W + channel, mask=here, other=0.0).to(tl.float32)
+        w = tl.load(W + channel, mask=here, other=0.0).to(tl.float32)
     if HAS_B:
-        y = y + tl.load(B + channel, mask=here, other=0.0).to(tl.float32)
+        b = tl.load(B + channel, mask=here, other=0.0).to(tl.float32)
+    if HAS_W and HAS_B:
+        y = tl.fma(y, w, b)
+    elif HAS_W:
+        y = y * w
+    elif HAS_B:
+        y = y + b
     return y
 
 
@@ -49,14 +50,15 @@ def layer_norm_kernel(
     out = Y + (r * K)[:, None, None]
     if ONE:
         x = load_terms(X, row, there, at, K, sk, 0.0)
-        mean = _mean(block_sum(x, R, J, L), K, R)
-        d = tl.where(at < K, x - mean[:, None, None], 0.0)
-        var = _mean(block_sum(d * d, R, J, L), K, R)
+        mean = block_sum(x.to(tl.float64), R, J, L) / K
+        d = tl.where(at < K, x.to(tl.float64) - mean[:, None, None], 0.0)
+        var = block_sum(d * d, R, J, L) / K
     else:
-        mean = _mean(row_sum(X, row, there, K, sk, 0.0, 0.0, "sum", R, J, L), K, R)
+        mean = row_sum(X, row, there, K, sk, 0.0, 0.0, "sum", R, J, L) / K
         shift = mean[:, None, None]
-        var = _mean(row_sum(X, row, there, K, sk, shift, 0.0, "deviation", R, J, L), K, R)
-    rstd = rsqrt(var + eps)
+        var = row_sum(X, row, there, K, sk, shift, 0.0, "deviation", R, J, L) / K
+    mean = mean.to(tl.float32)
+    rstd = (1.0 / tl.sqrt(var + eps)).to(tl.float32)
     tl.store(MEAN + r, mean, mask=here)
     tl.store(RSTD + r, rstd, mask=here)
     for k0 in range(0, K, J * L):
@@ -101,10 +103,10 @@ def rms_norm_kernel(
     out = Y + (r * K)[:, None, None]
     if ONE:
         x = load_terms(X, row, there, at, K, sk, 0.0)
-        total = block_sum(x * x, R, J, L)
+        total = block_sum((x * x).to(tl.float64), R, J, L)
     else:
         total = row_sum(X, row, there, K, sk, 0.0, 0.0, "square", R, J, L)
-    scale = rsqrt(_mean(total, K, R) + eps)[:, None, None]
+    scale = rsqrt((total / K).to(tl.float32) + eps)[:, None, None]
     for k0 in range(0, K, J * L):
         k = k0 + at
         mask = there & (k < K)

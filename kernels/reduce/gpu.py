@@ -34,20 +34,22 @@ def _nan_min(a, b):
 
 @triton.jit
 def _term(x, shift, p, OP: tl.constexpr):
-    """What one element adds to the sum."""
+    """What one element adds to the sum, fp64; "square" is rounded to fp32 as x * x is."""
     if OP == "square":
-        x = x * x
-    elif OP == "abs":
-        x = tl.abs(x)
+        x = (x * x).to(tl.float64)
     elif OP == "count":
-        x = tl.where(x != 0.0, 1.0, 0.0)
-    elif OP == "power":
-        x = power(tl.abs(x), p)
-    elif OP == "deviation":
-        x = x - shift
-        x = x * x
+        x = tl.where(x != 0.0, 1.0, 0.0).to(tl.float64)
     elif OP == "exp":
-        x = exp(x - shift)
+        x = exp(x - shift).to(tl.float64)
+    else:
+        x = x.to(tl.float64)
+        if OP == "abs":
+            x = tl.abs(x)
+        elif OP == "power":
+            x = power(tl.abs(x), p.to(tl.float64))
+        elif OP == "deviation":
+            x = x - shift
+            x = x * x
     return x
 
 
@@ -56,9 +58,9 @@ def row_sum(
     X, row, here, K, stride, shift, p,
     OP: tl.constexpr, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """[R] fp32: the sum (OP "prod": the product) of the terms of R rows, in the pinned order."""
+    """[R] fp64: the sum (OP "prod": the product) of the terms of R rows, in the pinned order."""
     MUL: tl.constexpr = OP == "prod"
-    acc = tl.full([R, L], 1.0 if MUL else 0.0, tl.float32)
+    acc = tl.full([R, L], 1.0 if MUL else 0.0, tl.float64)
     at = positions(J, L)
     for k0 in range(0, K, J * L):
         k = k0 + at
@@ -108,7 +110,7 @@ def rows_of(M, stride, R: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def reduce_kernel(
-    X, Y, M, K, sm, sk, p, inverse_p,
+    X, Y, M, K, sm, sk, p,
     OP: tl.constexpr, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """sum, mean, prod and the norms."""
@@ -116,31 +118,29 @@ def reduce_kernel(
     if OP == "absmax" or OP == "absmin":
         y = row_extreme(X, row, there, K, sk, OP, R, J, L)
     else:
-        TERM: tl.constexpr = "sum" if OP == "mean" else OP
-        y = row_sum(X, row, there, K, sk, 0.0, p, TERM, R, J, L)
+        y = row_sum(X, row, there, K, sk, 0.0, p, OP, R, J, L)
     if OP == "mean":
-        y = tl.div_rn(y, tl.full([R], 1.0, tl.float32) * K)
-    elif OP == "square":
-        y = tl.sqrt_rn(y)
+        y = y / K
+    elif OP == "deviation":
+        y = tl.sqrt(y)
     elif OP == "power":
-        y = power(y, inverse_p)
+        y = power(y, 1.0 / p.to(tl.float64))
     tl.store(Y + r, y.to(Y.dtype.element_ty), mask=here)
 
 
 @triton.jit(do_not_specialize=["M"])
 def var_kernel(
-    X, Y, MEAN, M, K, sm, sk, divisor,
+    X, Y, MEAN, M, K, sm, sk, correction,
     ROOT: tl.constexpr, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Two passes: the mean, then the mean of the squared deviations from it."""
     r, here, row, there = rows_of(M, sm, R)
-    one = tl.full([R], 1.0, tl.float32)
-    mean = tl.div_rn(row_sum(X, row, there, K, sk, 0.0, 0.0, "sum", R, J, L), one * K)
+    mean = row_sum(X, row, there, K, sk, 0.0, 0.0, "sum", R, J, L) / K
     shift = mean[:, None, None]
     var = row_sum(X, row, there, K, sk, shift, 0.0, "deviation", R, J, L)
-    var = tl.div_rn(var, one * divisor)
+    var = var / tl.maximum(tl.full([R], 1.0, tl.float64) * K - correction, 0.0)
     if ROOT:
-        var = tl.sqrt_rn(var)
+        var = tl.sqrt(var)
     tl.store(Y + r, var.to(Y.dtype.element_ty), mask=here)
     tl.store(MEAN + r, mean.to(MEAN.dtype.element_ty), mask=here)
 
@@ -151,7 +151,7 @@ def logsumexp_kernel(X, Y, M, K, sm, sk, R: tl.constexpr, J: tl.constexpr, L: tl
     r, here, row, there = rows_of(M, sm, R)
     top = row_extreme(X, row, there, K, sk, "max", R, J, L)
     top = tl.where(tl.abs(top) == float("inf"), 0.0, top)
-    total = row_sum(X, row, there, K, sk, top[:, None, None], 0.0, "exp", R, J, L)
+    total = row_sum(X, row, there, K, sk, top[:, None, None], 0.0, "exp", R, J, L).to(tl.float32)
     tl.store(Y + r, (log(total) + top).to(Y.dtype.element_ty), mask=here)
 
 
@@ -187,10 +187,7 @@ def _reduce(self, dim, keepdim, dtype, op, p=0.0, chosen=None):
     if x.shape[1] == 0 and op in ("absmax", "absmin"):
         return out.zero_()
     if out.numel():
-        inverse = 1.0 / p if op == "power" else 0.0
-        launch(
-            reduce_kernel, x, out, *x.shape, *strides(x), float(p), inverse, OP=op, chosen=chosen
-        )
+        launch(reduce_kernel, x, out, *x.shape, *strides(x), float(p), OP=op, chosen=chosen)
     return out
 
 
@@ -206,7 +203,7 @@ def prod(self, dim, keepdim, dtype, chosen=None):
     return _reduce(self, dim, keepdim, dtype, "prod", chosen=chosen)
 
 
-_NORMS = {0.0: "count", 1.0: "abs", 2.0: "square", math.inf: "absmax", -math.inf: "absmin"}
+_NORMS = {0.0: "count", 1.0: "abs", 2.0: "deviation", math.inf: "absmax", -math.inf: "absmin"}
 
 
 def norm(self, p, dim, keepdim, dtype, chosen=None):
@@ -218,10 +215,10 @@ def _var(self, dim, correction, keepdim, root=False, chosen=None):
     x, shape = as_rows(self, dim)
     out, average = (_out(self, dim, keepdim, self.dtype, shape) for _ in range(2))
     if out.numel():
-        divisor = max(0.0, x.shape[1] - float(correction))
         launch(
-            var_kernel, x, out, average, *x.shape, *strides(x), divisor, ROOT=root, chosen=chosen
-        )
+            var_kernel, x, out, average, *x.shape, *strides(x), float(correction), ROOT=root,
+            chosen=chosen,
+        )  # fmt: skip
     return out, average
 
 

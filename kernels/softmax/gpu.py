@@ -41,12 +41,13 @@ def softmax_kernel(
         x = load_terms(X, row, there, at, K, sk, float("-inf"))
         top = block_max(x)[:, None, None]
         e = tl.where(at < K, exp(x - top), 0.0)
-        total = block_sum(e, R, J, L)[:, None, None]
+        total = block_sum(e.to(tl.float64), R, J, L).to(tl.float32)[:, None, None]
         y = _result(x, top, total, LOG)
         tl.store(out + at, y.to(Y.dtype.element_ty), mask=there & (at < K))
     else:
         top = row_extreme(X, row, there, K, sk, "max", R, J, L)[:, None, None]
-        total = row_sum(X, row, there, K, sk, top, 0.0, "exp", R, J, L)[:, None, None]
+        total = row_sum(X, row, there, K, sk, top, 0.0, "exp", R, J, L)
+        total = total.to(tl.float32)[:, None, None]
         for k0 in range(0, K, J * L):
             k = k0 + at
             x = load_terms(X, row, there, k, K, sk, 0.0)
