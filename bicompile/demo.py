@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import random
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from rich.console import Console
@@ -23,6 +24,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bicompile.errors import UnsafeSetting
+
+if TYPE_CHECKING:
+    import torch
 
 QUESTION = "Tell me about Richard Feynman"
 SYSTEM = "You are a helpful assistant."
@@ -63,6 +67,8 @@ class Answer:
     position: int
     tokens: list[int]
     text: str
+    #: Digest of the logits behind each token.
+    logits: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -95,6 +101,21 @@ class Result:
         return min(differs) + 1 if differs else None
 
     @property
+    def other_bits(self) -> tuple[int, int]:
+        """Steps whose logits differ in any bit from the first answer's, and steps compared.
+
+        Two answers are compared as long as their tokens so far agree.
+        """
+        first, *others = self.answers + self.completions
+        differing = compared = 0
+        for other in others:
+            steps = min(_common(first.tokens, other.tokens) + 1, len(first.tokens))
+            pairs = list(zip(first.logits[:steps], other.logits, strict=False))
+            differing += sum(a != b for a, b in pairs)
+            compared += len(pairs)
+        return differing, compared
+
+    @property
     def tokens_per_second(self) -> float:
         """Speed of decoding over all rows, without compilation."""
         return self.decoded / self.decode_seconds if self.decode_seconds else float("nan")
@@ -120,7 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo; the exit status is 0 only if bicompile gave one answer."""
+    """Run the demo; the exit status is 0 only if bicompile gave one answer, of the same bits."""
     import torch
 
     from bicompile import models
@@ -145,7 +166,8 @@ def run(args: argparse.Namespace) -> int:
         seen = {"systems": [_as_json(r) for r in results]}
         args.json.write_text(json.dumps(report | seen, indent=1) + "\n")
     ours = results[-1]
-    return 0 if ours.unique == 1 and ours.unique_completions <= 1 else 1
+    one = ours.unique == 1 and ours.unique_completions <= 1
+    return 0 if one and ours.other_bits[0] == 0 else 1
 
 
 def make_batches(others: Sequence[str], sizes: Sequence[int]) -> list[Batch]:
@@ -273,6 +295,8 @@ class Asker:
                 pad_token_id=self.tokenizer.pad_token_id,
                 stopping_criteria=transformers.StoppingCriteriaList([tick]),
                 disable_compile=True,
+                output_logits=True,
+                return_dict_in_generate=True,
             )
         seconds = time.perf_counter() - start
         self.console.print(f"[dim]{label}: {len(times)} tokens in {seconds:.1f} s[/]")
@@ -281,15 +305,19 @@ class Asker:
             # The median leaves out the step that compiled.
             result.decode_seconds += statistics.median(steps) * len(steps)
             result.decoded += size * len(steps)
-        new = output[:, inputs.input_ids.shape[1] :].tolist()
-        return [self._answer(size, row, new[row]) for row in batch.asked]
+        new = output.sequences[:, inputs.input_ids.shape[1] :].tolist()
+        logits = torch.stack([step[list(batch.asked)] for step in output.logits], 1).cpu()
+        return [
+            self._answer(size, row, new[row], steps)
+            for row, steps in zip(batch.asked, logits, strict=True)
+        ]
 
-    def _answer(self, size: int, position: int, tokens: list[int]) -> Answer:
+    def _answer(self, size: int, position: int, tokens: list[int], logits: torch.Tensor) -> Answer:
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         end = next((i + 1 for i, t in enumerate(tokens) if t in ends), len(tokens))
         text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
-        return Answer(size, position, tokens[:end], text)
+        return Answer(size, position, tokens[:end], text, [_digest(x) for x in logits[:end]])
 
 
 @contextmanager
@@ -318,16 +346,22 @@ def _show(console: Console, results: Sequence[Result], args: argparse.Namespace)
     )
     table.add_column("system")
     counted = ["answers", *(["completions"] if args.completions else [])]
-    for name in (*counted, "parts", "tokens/s", "seconds"):
+    for name in (*counted, "parts", "other bits", "tokens/s", "seconds"):
         table.add_column(name, justify="right")
     for r in results:
         counts = [r.unique, *([r.unique_completions] if args.completions else [])]
         shown = [f"[bold {'green' if n == 1 else 'red'}]{n}[/]" for n in counts]
-        shown += [str(r.first_difference or "-"), f"{r.tokens_per_second:.1f}", f"{r.seconds:.1f}"]
+        differing, compared = r.other_bits
+        shown += [str(r.first_difference or "-"), f"{differing} of {compared}"]
+        shown += [f"{r.tokens_per_second:.1f}", f"{r.seconds:.1f}"]
         table.add_row(TITLES[r.system], *shown)
     console.print(table)
     console.print(f"[dim]answers: different ones at batch sizes {sizes}; parts: first token that")
-    console.print("[dim]differs; tokens/s: decoding, all rows; seconds: all, compilation included")
+    console.print(
+        "[dim]differs; other bits: tokens whose logits are not bit for bit those of batch"
+    )
+    console.print(f"[dim]{args.batch_sizes[0]}; tokens/s: decoding, all rows; seconds: all,")
+    console.print("[dim]compilation included")
     for r in results:
         console.print(f"[bold]{TITLES[r.system]}[/]")
         for line in part_lines(r.answers):
@@ -359,10 +393,17 @@ def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
+def _digest(logits: torch.Tensor) -> str:
+    from bicompile.testing import bits
+
+    return hashlib.blake2b(bits(logits).numpy().tobytes(), digest_size=8).hexdigest()
+
+
 def _as_json(result: Result) -> dict[str, Any]:
     return asdict(result) | {
         "unique": result.unique,
         "unique_completions": result.unique_completions,
+        "other_bits": result.other_bits,
         "first_difference": result.first_difference,
         "tokens_per_second": result.tokens_per_second,
     }

@@ -61,6 +61,14 @@ def test_counts_and_first_difference():
     assert (mixed.unique, mixed.unique_completions, mixed.first_difference) == (1, 2, 1)
 
 
+def test_other_bits_are_counted_up_to_the_first_other_token():
+    first = demo.Answer(1, 0, [5, 6, 7], "", ["a", "b", "c"])
+    bits = demo.Answer(2, 0, [5, 6, 7], "", ["a", "x", "c"])
+    tokens = demo.Answer(3, 0, [5, 9, 7], "", ["a", "y", "z"])
+    assert demo.Result("eager", [first, bits, tokens]).other_bits == (2, 5)
+    assert demo.Result("eager", [first]).other_bits == (0, 0)
+
+
 def test_answers_are_shown_where_they_part():
     lines = demo.part_lines(
         answers("one two three four", "one two [red] four", "one two three four")
@@ -88,6 +96,7 @@ def test_report_and_exit_status(tiny, plain, tmp_path, capsys):
         assert [a["batch_size"] for a in system["answers"]] == [1, 3]
         assert len(system["completions"]) == 5
         assert system["unique"] == 1
+        assert system["other_bits"][1] > 0
         assert all(0 < len(a["tokens"]) <= 4 for a in system["answers"])
         assert system["tokens_per_second"] > 0
     shown = capsys.readouterr().out

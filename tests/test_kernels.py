@@ -57,7 +57,7 @@ def test_every_element_is_written(kernel, dtype, poisoned_memory, device):
 
 
 SIZES = {
-    "M": 64,
+    "M": 512,  # each row has its own error of scale: with few, chance decides
     "N": 48,
     "K": 777,
     "K1": 37,
