@@ -116,7 +116,7 @@ class ModelWork:
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
+            cache=cache,
             logits_to_keep=1,
         )
         logits: torch.Tensor = output.logits

@@ -36,7 +36,7 @@ class Subject:
         if mask is None:
             mask = torch.ones(b, start + s, dtype=torch.long, device=self.device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -s:].contiguous()
-        kwargs = {} if cache is None else {"past_key_values": cache, "use_cache": True}
+        kwargs = {} if cache is None else {"cache": cache, "use_cache": True}
         if cache is None and self.config.model_type != "bert":
             kwargs["use_cache"] = False
         with torch.no_grad():
