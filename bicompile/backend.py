@@ -66,7 +66,8 @@ def _compile(
     report = Report(key)
 
     def inner(gm: GraphModule, inputs: list[Any], **kwargs: Any) -> Any:
-        run = Run(options, report, backward=bool(kwargs.get("is_backward")))
+        kinds = {k: bool(kwargs.get(f"is_{k}")) for k in ("backward", "inference")}
+        run = Run(options, report, **kinds)
         run_pipeline(gm, run)
         report.save(folder)
         return inductor.compile_inner(gm, inputs, **kwargs)

@@ -84,7 +84,7 @@ class UnsupportedDevice(BicompileError):
 class UnsupportedGradient(BicompileError):
     """A gradient was asked for through an op that has only a forward kernel."""
 
-    what = "{op} has no invariant backward kernel"
+    what = "a gradient needs {op}, which has no invariant backward kernel"
     accepts = "inference"
     next = "call the compiled model under torch.no_grad() or torch.inference_mode()"
 

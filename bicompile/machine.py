@@ -34,6 +34,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
+    found["torch"] = torch.__version__  # with the build
     return found
 
 

@@ -18,6 +18,7 @@ from bicompile import graph
 from bicompile.options import Options
 from bicompile.passes.audit import audit
 from bicompile.passes.canonicalize import canonicalize
+from bicompile.passes.deduplicate import deduplicate
 from bicompile.passes.fuse import fuse
 from bicompile.passes.replace import replace
 from bicompile.report import Decision, Report, Verdict
@@ -25,7 +26,7 @@ from bicompile.report import Decision, Report, Verdict
 log = logging.getLogger(__name__)
 
 Pass = Callable[..., None]
-PIPELINE: tuple[Pass, ...] = (canonicalize, replace, fuse, audit)
+PIPELINE: tuple[Pass, ...] = (canonicalize, replace, fuse, deduplicate, audit)
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Run:
     options: Options
     report: Report
     backward: bool = False
+    inference: bool = False
     rewrites: int = field(default=0, init=False)
 
     def fuel(self) -> bool:
@@ -62,7 +64,7 @@ def run_pipeline(gm: GraphModule, run: Run) -> None:
         if name in run.options.disable:
             continue
         start = time.perf_counter()
-        for module in graph.subgraphs(gm):
+        for module in list(graph.subgraphs(gm)):
             step(module, run=run)
             module.graph.eliminate_dead_code()
             module.graph.lint()

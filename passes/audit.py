@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from bicompile.errors import RandomOp, UnsupportedOp
+from bicompile.errors import RandomOp, UnsupportedGradient, UnsupportedOp
 from bicompile.graph import describe_call, user_line, value
 from bicompile.report import Verdict
 
@@ -117,6 +117,7 @@ def audit(gm: GraphModule, *, run) -> None:
 
     Raises:
         UnsupportedOp: no reason is known why the node should be invariant.
+        UnsupportedGradient: the same in a backward graph.
         RandomOp: the node draws random numbers.
     """
     for node in gm.graph.nodes:
@@ -131,6 +132,8 @@ def audit(gm: GraphModule, *, run) -> None:
             run.decide(node, "let through by an option", verdict=Verdict.ALLOWED)
         elif random:
             raise RandomOp(op=node.target, line=user_line(node))
+        elif run.backward:
+            raise UnsupportedGradient(op=node.target, line=user_line(node))
         else:
             raise UnsupportedOp(
                 op=node.target,

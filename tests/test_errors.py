@@ -119,7 +119,7 @@ def test_suppressed_errors():
     [
         ({"fuell": 1}, "unknown value 1 for option 'fuell'"),
         ({"random": "yes"}, "accepted: error, allow"),
-        ({"disable": "fuze"}, "accepted: canonicalize, replace, fuse"),
+        ({"disable": "fuze"}, "accepted: canonicalize, replace, fuse, deduplicate"),
         ({"fuel": -1}, "a number of rewrites >= 0"),
     ],
 )
@@ -148,6 +148,13 @@ def test_gradient_through_attention():
 
     with pytest.raises(errors.UnsupportedGradient, match="no invariant backward kernel"):
         torch.compile(attend, backend="batch_invariant")(q).backward()
+
+
+def test_gradient_through_an_op_without_backward():
+    with pytest.raises(errors.UnsupportedGradient) as caught:
+        torch.compile(nn.LayerNorm(8), backend="batch_invariant")(X).sum().backward()
+    assert "aten.native_layer_norm_backward.default" in str(caught.value)
+    assert "torch.no_grad()" in str(caught.value)
 
 
 def test_unsafe_setting():

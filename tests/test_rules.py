@@ -6,53 +6,14 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch._dynamo.backends.common import aot_autograd
+from rewriting import count, rewrite, x
 
-from bicompile import capture, native, registry, testing
-from bicompile.options import Options
+from bicompile import registry, testing
 from bicompile.passes.rules import RULES
-from bicompile.pipeline import Run, run_pipeline
-from bicompile.report import Report
 
 registry.load_all()
 aten = torch.ops.aten
 ours = torch.ops.bicompile
-
-
-def x(*shape, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-
-
-def rewrite(function, *args, **options):
-    """The graph after our passes, the report, and the results of graph and function."""
-    native.load()
-    graphs, report = [], Report("test")
-
-    def compiler(gm, inputs):
-        run = Run(Options.parse(options), report)
-        run_pipeline(gm, run)
-        before = str(gm.graph)
-        run_pipeline(gm, Run(Options.parse(options), Report("again")))
-        if "fuel" not in options:
-            assert str(gm.graph) == before, "the pipeline is not idempotent"
-        graphs.append(gm)
-        return gm.forward
-
-    def backend(gm, inputs):
-        with capture.error_boundary(), capture.attention_whole():
-            return aot_autograd(
-                fw_compiler=compiler,
-                inference_compiler=compiler,
-                decompositions=capture.decomposition_table(),
-            )(gm, inputs)
-
-    with torch.no_grad():
-        result = torch.compile(function, backend=backend, fullgraph=True)(*args)
-        return graphs[0], report, result, function(*args)
-
-
-def count(gm, op):
-    return len(gm.graph.find_nodes(op="call_function", target=op))
 
 
 V, M, N, B = x(8), x(5, 8), x(8, 6), x(3, 5, 8)

@@ -1,0 +1,47 @@
+"""A function through our passes: the graph they leave, what they say, and what it computes."""
+
+from __future__ import annotations
+
+import torch
+from torch._dynamo.backends.common import aot_autograd
+
+from bicompile import capture, native
+from bicompile.options import Options
+from bicompile.pipeline import Run, run_pipeline
+from bicompile.report import Report
+
+
+def x(*shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def rewrite(function, *args, **options):
+    """The graph after our passes, the report, and the results of graph and function."""
+    native.load()
+    graphs, report = [], Report("test")
+
+    def compiler(gm, inputs):
+        run = Run(Options.parse(options), report, inference=True)
+        run_pipeline(gm, run)
+        before = str(gm.graph)
+        run_pipeline(gm, Run(Options.parse(options), Report("again"), inference=True))
+        if "fuel" not in options:
+            assert str(gm.graph) == before, "the pipeline is not idempotent"
+        graphs.append(gm)
+        return gm.forward
+
+    def backend(gm, inputs):
+        with capture.error_boundary(), capture.attention_whole():
+            return aot_autograd(
+                fw_compiler=compiler,
+                inference_compiler=compiler,
+                decompositions=capture.decomposition_table(),
+            )(gm, inputs)
+
+    with torch.no_grad():
+        result = torch.compile(function, backend=backend, fullgraph=True)(*args)
+        return graphs[0], report, result, function(*args)
+
+
+def count(gm, op):
+    return len(gm.graph.find_nodes(op="call_function", target=op))
