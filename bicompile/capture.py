@@ -49,6 +49,7 @@ def configure() -> None:
     config.specialize_float = True
     config.fail_on_recompile_limit_hit = True
     config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
+    _give_shapes_to_encoder_layer()
 
 
 # ----------------------------------------------------------------------------- checks of a graph
@@ -260,6 +261,14 @@ def decomposition_table() -> _Table:
     in_place = aten._native_batch_norm_legit.default
     table[in_place] = select_decomp_table()[in_place]
     return table
+
+
+@functools.cache
+def _give_shapes_to_encoder_layer() -> None:
+    """Dynamo asks for the shape of the encoder layer's op, which has none before PyTorch 2.13."""
+    name = "aten::_transformer_encoder_layer_fwd"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta"):
+        torch.library.impl(name, "Meta")(lambda src, *_, **__: torch.empty_like(src))
 
 
 def encoder_layer(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from subject import (
     Subject,
     check_batches,
@@ -84,6 +85,8 @@ def test_batch_and_padding(name, dtype, device):
 @each_device
 @pytest.mark.parametrize(("name", "dtype"), cases(DECODERS, [("llama", "bfloat16")]))
 def test_caches_chunks_and_prefixes(name, dtype, device):
+    if device == "cpu" and Version(torch.__version__) < Version("2.12"):
+        pytest.skip("no backend of PyTorch 2.11 compiles the mask of a chunk into a growing cache")
     subject = compiled(name, DTYPES[dtype], device)
     check_caches(subject)
     check_token_by_token(subject)

@@ -46,7 +46,7 @@ def _term(x, shift, p, OP: tl.constexpr):
         if OP == "abs":
             x = tl.abs(x)
         elif OP == "power":
-            x = power(tl.abs(x), p.to(tl.float64))
+            x = power(tl.abs(x), tl.cast(p, tl.float64))
         elif OP == "deviation":
             x = x - shift
             x = x * x
@@ -124,7 +124,7 @@ def reduce_kernel(
     elif OP == "deviation":
         y = tl.sqrt(y)
     elif OP == "power":
-        y = power(y, 1.0 / p.to(tl.float64))
+        y = power(y, 1.0 / tl.cast(p, tl.float64))
     tl.store(Y + r, y.to(Y.dtype.element_ty), mask=here)
 
 

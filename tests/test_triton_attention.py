@@ -1,0 +1,197 @@
+"""The laws of the Triton kernels of attention."""
+
+import pytest
+import torch
+from triton_set_up import (
+    DEVICE,
+    DTYPES,
+    FULL,
+    HALF,
+    INF,
+    INTERPRET,
+    NAN,
+    law,
+    no_worse,
+    randn,
+    real_dot,
+    same,
+    views,
+)
+
+from bicompile.kernels.attention import gpu as attention
+from bicompile.kernels.attention import schedules as attention_schedules
+
+LONG = 60 if INTERPRET else 1300
+if INTERPRET:
+    attention.CHUNK, attention.TILE, attention.MERGE_ROWS = 32, {2: 16, 4: 16}, 128
+
+
+def _qkv(b, h, hkv, q, s, d, dv, dtype):
+    return (
+        randn(b, h, q, d, dtype=dtype),
+        randn(b, hkv, s, d, dtype=dtype, seed=1),
+        randn(b, hkv, s, dv, dtype=dtype, seed=2),
+    )
+
+
+def sdpa(q, k, v, mask=None, causal=False, dtype=FULL, **options):
+    """In fp32, before the one rounding: halves would hide most differences."""
+    scale = q.shape[-1] ** -0.5
+    return attention.sdpa(q, k, v, mask, causal, scale, dtype=dtype, **options)
+
+
+def _causal(q, s, past=0):
+    return torch.ones(q, s, dtype=torch.bool, device=DEVICE).tril(past)
+
+
+HEADS = ((3, 1, 20, 24),) if INTERPRET else (
+    (8, 2, 64, 64), (9, 3, 64, 64), (8, 8, 128, 128), (4, 1, 80, 96), (2, 2, 256, 256),
+)  # fmt: skip
+HEAD_SIZES = {24: 64, 64: 64, 96: 128, 128: 128, 256: 256}  # head -> column of the table
+SOME = {HALF: HEADS, torch.float16: HEADS[:1], FULL: () if INTERPRET else HEADS[:1] + HEADS[2:4]}
+attention_case = pytest.mark.parametrize(
+    "dtype,h,hkv,d,dv", [(dtype, *heads) for dtype in DTYPES for heads in SOME[dtype]]
+)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+@law
+@attention_case
+def test_attention_spellings_and_schedules(dtype, h, hkv, d, dv):
+    n = LONG // 2
+    q, k, v = _qkv(2, h, hkv, n, n, d, dv, dtype)
+    whole = sdpa(q, k, v, causal=True)
+    assert whole.transpose(1, 2).is_contiguous()
+    mask = _causal(n, n)
+    same(sdpa(q, k, v, mask), whole)
+    same(sdpa(q, k, v, mask.expand(2, h, n, n).contiguous()), whole)
+    same(sdpa(q, k, v, torch.zeros(n, n, device=DEVICE).masked_fill(~mask, -INF)), whole)
+    g = h // hkv
+    same(sdpa(q, k.repeat_interleave(g, 1), v.repeat_interleave(g, 1), causal=True), whole)
+    same(sdpa(q[1:], k[1:], v[1:], causal=True), whole[1:])
+    for s in attention_schedules.schedules(q.element_size(), HEAD_SIZES[max(d, dv)]):
+        for split in (False, True):
+            same(sdpa(q, k, v, causal=True, chosen=s, split=split), whole)
+            same(sdpa(q, k, v, mask, chosen=s, split=split), whole)
+    for a, b, c in zip(views(q), views(k), views(v), strict=True):
+        same(sdpa(a, b, c, causal=True), whole)
+        same(sdpa(a, b, c, mask), whole)
+
+
+@law
+@attention_case
+def test_attention_prefill_chunks_and_decode(dtype, h, hkv, d, dv):
+    n = LONG
+    q, k, v = _qkv(1, h, hkv, n, n, d, dv, dtype)
+    whole = sdpa(q, k, v, causal=True)
+    for past, count in ((n - 1, 1), (n // 2 + 3, 1), (n // 3, 5), (n // 4 + 1, n // 2)):
+        part, end = q[:, :, past : past + count], past + count
+        want = whole[:, :, past : past + count]
+        mask = _causal(count, end, past)
+        same(sdpa(part, k[:, :, :end], v[:, :, :end], mask), want)
+        cache = torch.full((2, 1, hkv, n + 77, max(d, dv)), NAN, dtype=dtype, device=DEVICE)
+        keys, values = cache[0, ..., :d], cache[1, ..., :dv]
+        keys[:, :, :end], values[:, :, :end] = k[:, :, :end], v[:, :, :end]
+        for split in (False, True):
+            padded = torch.nn.functional.pad(mask, (0, n + 77 - end))
+            same(sdpa(part, keys, values, padded, split=split), want)
+        if count == 1:
+            same(sdpa(part, k[:, :, :end], v[:, :, :end]), want)
+
+
+@law
+@attention_case
+def test_masked_keys_are_absent(dtype, h, hkv, d, dv):
+    n = 40 if INTERPRET else 600
+    q, k, v = _qkv(2, h, hkv, n, n, d, dv, dtype)
+    whole = sdpa(q, k, v, causal=True)
+    for left in (1, 33) if INTERPRET else (1, 64, 130):
+
+        def padded(x, fill, left=left):
+            y = torch.full((2, hkv, left + n + 3, x.shape[-1]), fill, dtype=dtype, device=DEVICE)
+            y[0, :, left : left + n], y[1, :, :n] = x[0], x[1]
+            return y
+
+        mask = torch.zeros(2, 1, n, left + n + 3, dtype=torch.bool, device=DEVICE)
+        mask[0, 0, :, left : left + n], mask[1, 0, :, :n] = _causal(n, n), _causal(n, n)
+        for fill in (NAN, INF):
+            same(sdpa(q, padded(k, fill), padded(v, fill), mask), whole)
+            some = slice(n - 2, n)
+            got = sdpa(q[:, :, some], padded(k, fill), padded(v, fill), mask[:, :, some])
+            same(got, whole[:, :, some])
+    blind = mask.clone()
+    blind[:, :, 5] = False
+    seen = sdpa(q, padded(k, NAN), padded(v, NAN), blind)
+    assert (seen[:, :, 5] == 0).all()
+    same(seen[:, :, 6:], whole[:, :, 6:])
+
+
+@law
+@each_dtype
+def test_values_that_are_not_finite_reach_who_sees_them(dtype):
+    n = 40 if INTERPRET else 200
+    q, k, v = _qkv(1, 2, 1, n, n, 32, 32, dtype)
+    whole, at = sdpa(q, k, v, causal=True), n - 7
+    bad = v.clone()
+    bad[:, :, at, 0], bad[:, :, at, 1], bad[:, :, at, 2] = NAN, INF, -INF
+    bad[:, :, at + 1, 2] = INF
+    got = sdpa(q, k, bad, causal=True)
+    same(got[:, :, :at], whole[:, :, :at])
+    same(got[..., 3:], whole[..., 3:])
+    assert got[:, :, at:, 0].isnan().all() and got[:, :, at + 1 :, 2].isnan().all()
+    assert (got[:, :, at:, 1] == INF).all() and (got[:, :, at, 2] == -INF).all()
+    same(sdpa(q[:, :, at:], k, bad, _causal(n, n)[at:]), got[:, :, at:])
+    same(sdpa(q[:, :, -1:], k, bad), got[:, :, -1:])
+
+
+@law
+@each_dtype
+def test_attention_masks_of_any_form(dtype):
+    b, h, n, s = 2, 4, 9, LONG // 2
+    q, k, v = _qkv(b, h, 2, n, s, 32, 32, dtype)
+    generator = torch.Generator().manual_seed(0)
+    ragged = (torch.rand(b, 1, n, s, generator=generator) < 0.3).to(DEVICE)
+    ragged[0, 0, 2], ragged[..., 3] = False, True
+    ragged[0, 0, 2] = False
+    whole = sdpa(q, k, v, ragged)
+    same(sdpa(q, k, v, ragged, split=True), whole)
+    bias = torch.zeros(b, 1, n, s, device=DEVICE).masked_fill(~ragged, -INF)
+    same(sdpa(q, k, v, bias), whole)
+    same(sdpa(q, k, v, bias.to(HALF)), whole)
+    for i in range(b):
+        same(sdpa(q[i : i + 1], k[i : i + 1], v[i : i + 1], ragged[i]), whole[i : i + 1])
+    alibi = randn(1, h, 1, s)
+    same(sdpa(q, k, v, alibi), sdpa(q, k, v, alibi.expand(b, h, n, s).contiguous()))
+    per_key = ragged[:, :, :1]
+    same(sdpa(q, k, v, per_key), sdpa(q, k, v, per_key.expand(b, h, n, s).contiguous()))
+    for mask in (ragged, bias, alibi, per_key):
+        exact = _exact(q, k, v, mask)
+        torch.testing.assert_close(sdpa(q, k, v, mask).double().cpu(), exact, rtol=2e-2, atol=2e-2)
+    assert (sdpa(q, k[:, :, :0], v[:, :, :0]) == 0).all()
+    assert sdpa(q[:, :, :0], k, v).shape == (b, h, 0, 32)
+    same(attention.sdpa(q, k, v, None, False, -0.3), attention.sdpa(-q, k, v, None, False, 0.3))
+    rounded = sdpa(q, k, v, ragged, dtype=None)
+    assert rounded.dtype == dtype
+    same(rounded, whole.to(dtype))
+
+
+def _exact(q, k, v, mask=None):
+    g = q.shape[1] // k.shape[1]
+    q, k, v = (x.double().cpu() for x in (q, k, v))
+    s = q @ k.repeat_interleave(g, 1).mT * q.shape[-1] ** -0.5
+    if mask is not None:
+        mask = mask.cpu()
+        s = s.masked_fill(~mask, -INF) if mask.dtype == torch.bool else s + mask.double()
+    return s.softmax(-1).nan_to_num(0.0) @ v.repeat_interleave(g, 1)
+
+
+@law
+@real_dot
+@each_dtype
+def test_attention_accuracy(dtype):
+    n = 100 if INTERPRET else 1000
+    q, k, v = _qkv(2, 4, 4, n, n, 64, 64, dtype)
+    for causal in (False, True):
+        exact = _exact(q, k, v, _causal(n, n) if causal else None)
+        theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        no_worse(sdpa(q, k, v, causal=causal, dtype=dtype), theirs, exact)

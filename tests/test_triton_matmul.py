@@ -1,0 +1,92 @@
+"""The laws of the Triton kernels of matmul."""
+
+import pytest
+import torch
+from triton_set_up import (
+    BATCHES,
+    DEVICE,
+    DTYPES,
+    FULL,
+    INF,
+    INTERPRET,
+    NAN,
+    law,
+    no_worse,
+    randn,
+    real_dot,
+    same,
+    views,
+)
+
+from bicompile.kernels.matmul import gpu as matmul
+from bicompile.kernels.matmul import schedules as matmul_schedules
+
+KINDS = (("half", DTYPES[0], False), ("ieee", FULL, False), ("tf32", FULL, True))
+if not INTERPRET:
+    KINDS += (("half", torch.float16, False),)
+SHAPES = ((20, 70, 33),) if INTERPRET else ((600, 576, 320), (300, 70, 33), (129, 1000, 257))
+
+
+@law
+@pytest.mark.parametrize("m,k,n", SHAPES)
+@pytest.mark.parametrize("kind,dtype,tf32", KINDS)
+def test_matmul_rows_and_schedules(kind, dtype, tf32, m, k, n):
+    a, w = randn(m, k, dtype=dtype), randn(n, k, dtype=dtype, seed=1)
+    whole = matmul.mm(a, w.t(), tf32)
+    for count in BATCHES + ((19,) if INTERPRET else (33, 64, 65, 128, 129, 256)):
+        same(matmul.mm(a[:count], w.t(), tf32), whole[:count])
+        start = min(count, m - 1)
+        same(matmul.mm(a[start : start + 1], w.t(), tf32), whole[start : start + 1])
+    for view in views(a):
+        same(matmul.mm(view, w.t(), tf32), whole)
+        same(matmul.mm(view[3:5], w.t(), tf32), whole[3:5])
+    for view in views(w):
+        same(matmul.mm(a[:7], view.t(), tf32), whole[:7])
+    poisoned = a.clone()
+    poisoned[0], poisoned[2] = NAN, INF
+    same(matmul.mm(poisoned, w.t(), tf32)[3:], whole[3:])
+    for s in matmul_schedules.schedules(kind):
+        same(matmul.mm(a, w.t(), tf32, chosen=s), whole)
+    same(matmul.mm(a, w[5:9].t(), tf32), whole[:, 5:9])
+
+
+@law
+@pytest.mark.parametrize("kind,dtype,tf32", KINDS)
+def test_every_spelling_of_a_matmul(kind, dtype, tf32):
+    a, b = randn(3, 9, 40, dtype=dtype), randn(3, 40, 17, dtype=dtype, seed=1)
+    whole = matmul.bmm(a, b, tf32)
+    for i in range(3):
+        same(matmul.mm(a[i], b[i], tf32), whole[i])
+    same(matmul.bmm(a[1:2], b[1:2], tf32)[0], whole[1])
+    same(matmul.bmm(a, b[:1].expand(3, 40, 17), tf32)[0], whole[0])
+    bias, nan = randn(17, dtype=dtype, seed=2), torch.full((1, 9, 1), NAN, device=DEVICE)
+    same(matmul.baddbmm(nan.to(dtype), a, b, 0, 1, tf32), whole)
+    same(matmul.addmm(bias * NAN, a[0], b[0], 0.0, 1.0, tf32), whole[0])
+    exact = matmul.mm(a[0], b[0], tf32) if dtype == FULL else None
+    if exact is not None:
+        same(matmul.addmm(bias, a[0], b[0], 0.5, 2.0, tf32), exact * 2.0 + bias * 0.5)
+        same(matmul.addmm(bias, a[0], b[0], 1, 1, tf32), exact + bias)
+    same(matmul.baddbmm(bias, a, b, 1.0, 1.0, tf32)[2],
+         matmul.addmm(bias, a[2], b[2], 1.0, 1.0, tf32))  # fmt: skip
+    zero = matmul.addmm(bias, a[0][:, :0], b[0][:0], 1.0, 1.0, tf32)
+    same(zero, bias.expand(9, 17))
+    assert matmul.mm(a[0][:0], b[0], tf32).shape == (0, 17)
+    assert matmul.bmm(a[:0], b[:0], tf32).shape == (0, 9, 17)
+
+
+@law
+@real_dot
+@pytest.mark.parametrize("kind,dtype,tf32", KINDS)
+def test_matmul_accuracy(kind, dtype, tf32):
+    m, k, n = (9, 200, 17) if INTERPRET else (257, 4096, 300)
+    a, b = randn(m, k, dtype=dtype), randn(k, n, dtype=dtype, seed=1)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        exact = a.double().cpu() @ b.double().cpu()
+        bias = randn(n, dtype=dtype, seed=2)
+        no_worse(matmul.mm(a, b, tf32), a @ b, exact)
+        ours = matmul.addmm(bias, a, b, 1, 1, tf32)
+        no_worse(ours, torch.addmm(bias, a, b), exact + bias.double().cpu())
+    finally:
+        torch.set_float32_matmul_precision(before)
