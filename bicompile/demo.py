@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import random
@@ -12,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,14 +20,13 @@ import jinja2
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from bicompile.answers import QUESTION, TITLES, Answer, Result, as_json, digest, show
 from bicompile.errors import UnsafeSetting
 
 if TYPE_CHECKING:
     import torch
 
-QUESTION = "Tell me about Richard Feynman"
 SYSTEM = "You are a helpful assistant."
 OTHERS = (
     "Explain how a bicycle stays upright while it moves.",
@@ -42,13 +40,7 @@ OTHERS = (
     "Why is the sky blue?",
     "Translate 'good morning' into French, Italian and Welsh.",
 )
-TITLES = {
-    "eager": "plain PyTorch",
-    "inductor": "torch.compile",
-    "bicompile": "bicompile",
-}
-_LARGEST_MIXED_BATCH = 32
-_WORDS_SHOWN = 8
+_LARGEST_MIXED_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -57,68 +49,6 @@ class Batch:
 
     prompts: tuple[str, ...]
     asked: tuple[int, ...]
-
-
-@dataclass
-class Answer:
-    """What the question's row got in one batch."""
-
-    batch_size: int
-    position: int
-    tokens: list[int]
-    text: str
-    #: Digest of the logits behind each token.
-    logits: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Result:
-    """What one system did over all batches."""
-
-    system: str
-    answers: list[Answer] = field(default_factory=list)
-    completions: list[Answer] = field(default_factory=list)
-    seconds: float = 0.0
-    decoded: int = 0
-    decode_seconds: float = 0.0
-
-    @property
-    def unique(self) -> int:
-        """Number of different answers over the batch sizes."""
-        return len({tuple(a.tokens) for a in self.answers})
-
-    @property
-    def unique_completions(self) -> int:
-        """Number of different answers over all completions."""
-        return len({tuple(a.tokens) for a in self.completions})
-
-    @property
-    def first_difference(self) -> int | None:
-        """The first token, counted from 1, at which any two answers differ."""
-        rows = [a.tokens for a in self.answers + self.completions]
-        first = rows[0] if rows else []
-        differs = [_common(first, row) for row in rows if row != first]
-        return min(differs) + 1 if differs else None
-
-    @property
-    def other_bits(self) -> tuple[int, int]:
-        """Steps whose logits differ in any bit from the first answer's, and steps compared.
-
-        Two answers are compared as long as their tokens so far agree.
-        """
-        first, *others = self.answers + self.completions
-        differing = compared = 0
-        for other in others:
-            steps = min(_common(first.tokens, other.tokens) + 1, len(first.tokens))
-            pairs = list(zip(first.logits[:steps], other.logits, strict=False))
-            differing += sum(a != b for a, b in pairs)
-            compared += len(pairs)
-        return differing, compared
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Speed of decoding over all rows, without compilation."""
-        return self.decoded / self.decode_seconds if self.decode_seconds else float("nan")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -159,11 +89,11 @@ def run(args: argparse.Namespace) -> int:
     asker = Asker(*loaded, args.max_new_tokens, batches + mixed, progress_console)
     systems = ["eager", *([args.compare] if args.compare else []), "bicompile"]
     results = [asker.run(system, batches, mixed) for system in systems]
-    _show(console, results, args)
+    show(console, results, args)
     if args.json:
         settings = {k: v for k, v in vars(args).items() if isinstance(v, (str, int, tuple))}
         report = {"machine": found, "settings": settings, "question": QUESTION}
-        seen = {"systems": [_as_json(r) for r in results]}
+        seen = {"systems": [as_json(r) for r in results]}
         args.json.write_text(json.dumps(report | seen, indent=1) + "\n")
     ours = results[-1]
     one = ours.unique == 1 and ours.unique_completions <= 1
@@ -317,7 +247,7 @@ class Asker:
         ends = ends if isinstance(ends, list) else [ends]
         end = next((i + 1 for i, t in enumerate(tokens) if t in ends), len(tokens))
         text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
-        return Answer(size, position, tokens[:end], text, [_digest(x) for x in logits[:end]])
+        return Answer(size, position, tokens[:end], text, [digest(x) for x in logits[:end]])
 
 
 @contextmanager
@@ -336,77 +266,6 @@ def _live(console: Console) -> Iterator[Any]:
             progress.update(task, description=text + compiled)
 
         yield say
-
-
-def _show(console: Console, results: Sequence[Result], args: argparse.Namespace) -> None:
-    sizes = ", ".join(map(str, args.batch_sizes))
-    table = Table(
-        title=f'"{QUESTION}"\ngreedy, {args.dtype}, {args.max_new_tokens} tokens, '
-        f"among 0 to {max(args.batch_sizes) - 1} other prompts",
-    )
-    table.add_column("system")
-    counted = ["answers", *(["completions"] if args.completions else [])]
-    for name in (*counted, "parts", "other bits", "tokens/s", "seconds"):
-        table.add_column(name, justify="right")
-    for r in results:
-        counts = [r.unique, *([r.unique_completions] if args.completions else [])]
-        shown = [f"[bold {'green' if n == 1 else 'red'}]{n}[/]" for n in counts]
-        differing, compared = r.other_bits
-        shown += [str(r.first_difference or "-"), f"{differing} of {compared}"]
-        shown += [f"{r.tokens_per_second:.1f}", f"{r.seconds:.1f}"]
-        table.add_row(TITLES[r.system], *shown)
-    console.print(table)
-    console.print(f"[dim]answers: different ones at batch sizes {sizes}; parts: first token that")
-    console.print(
-        "[dim]differs; other bits: tokens whose logits are not bit for bit those of batch"
-    )
-    console.print(f"[dim]{args.batch_sizes[0]}; tokens/s: decoding, all rows; seconds: all,")
-    console.print("[dim]compilation included")
-    for r in results:
-        console.print(f"[bold]{TITLES[r.system]}[/]")
-        for line in part_lines(r.answers):
-            console.print("  " + line)
-
-
-def part_lines(answers: Sequence[Answer]) -> list[str]:
-    """One line per different answer; the word at which it leaves the others stands out."""
-    groups: dict[tuple[int, ...], list[Answer]] = {}
-    for answer in answers:
-        groups.setdefault(tuple(answer.tokens), []).append(answer)
-    if len(groups) == 1:
-        return [f"at every batch size: {escape(answers[0].text.strip())}"]
-    texts = [group[0].text.strip().split(" ") for group in groups.values()]
-    lines = []
-    for words, group in zip(texts, groups.values(), strict=True):
-        same = max(_common(words, other) for other in texts if other is not words)
-        at = ", ".join(str(a.batch_size) for a in group)
-        before = escape(" ".join(words[max(0, same - _WORDS_SHOWN) : same]))
-        word = escape(" ".join(words[same : same + 1])) or "(end)"
-        after = escape(" ".join(words[same + 1 : same + 1 + _WORDS_SHOWN]))
-        lines.append(f"batch {at}: [dim]... {before}[/] [bold red]{word}[/] {after} ...")
-    return [line.replace("\n", " ") for line in lines]
-
-
-def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Length of the common beginning."""
-    pairs = zip(a, b, strict=False)
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
-
-
-def _digest(logits: torch.Tensor) -> str:
-    from bicompile.testing import bits
-
-    return hashlib.blake2b(bits(logits).numpy().tobytes(), digest_size=8).hexdigest()
-
-
-def _as_json(result: Result) -> dict[str, Any]:
-    return asdict(result) | {
-        "unique": result.unique,
-        "unique_completions": result.unique_completions,
-        "other_bits": result.other_bits,
-        "first_difference": result.first_difference,
-        "tokens_per_second": result.tokens_per_second,
-    }
 
 
 def _read_prompts(file: Path | None) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import torch
 from tiny_model import make_tiny_model
 
 import bicompile
-from bicompile import cli, demo
+from bicompile import answers, cli, demo
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,8 @@ def test_batches_hold_the_question_once():
     batches = demo.make_batches(demo.OTHERS, (1, 2, 3, 5, 8, 17))
     for batch, size in zip(batches, (1, 2, 3, 5, 8, 17), strict=True):
         assert len(batch.prompts) == size
-        assert [i for i, p in enumerate(batch.prompts) if p == demo.QUESTION] == list(batch.asked)
+        asked = [i for i, p in enumerate(batch.prompts) if p == answers.QUESTION]
+        assert asked == list(batch.asked)
     assert len({b.asked for b in batches}) >= 4
 
 
@@ -56,44 +57,44 @@ def test_batches_hold_the_question_once():
 def test_mixed_batches_ask_exactly_n_times(n):
     batches = demo.mixed_batches(demo.OTHERS, n)
     assert sum(len(b.asked) for b in batches) == n
-    assert all(1 <= len(b.prompts) <= 32 for b in batches)
-    assert all(b.prompts[i] == demo.QUESTION for b in batches for i in b.asked)
+    assert all(1 <= len(b.prompts) <= 64 for b in batches)
+    assert all(b.prompts[i] == answers.QUESTION for b in batches for i in b.asked)
     assert batches == demo.mixed_batches(demo.OTHERS, n)
 
 
-def answers(*texts):
-    return [demo.Answer(i + 1, 0, [ord(c) for c in t], t) for i, t in enumerate(texts)]
+def said(*texts):
+    return [answers.Answer(i + 1, 0, [ord(c) for c in t], t) for i, t in enumerate(texts)]
 
 
 def test_counts_and_first_difference():
-    result = demo.Result("eager", answers("abcd", "abxd", "abcd", "abcx"))
+    result = answers.Result("eager", said("abcd", "abxd", "abcd", "abcx"))
     assert result.unique == 3
     assert result.first_difference == 3
-    assert demo.Result("eager", answers("ab", "ab")).first_difference is None
-    assert demo.Result("eager", answers("ab", "abc")).first_difference == 3
-    mixed = demo.Result("eager", answers("ab"), answers("ab", "xb"))
+    assert answers.Result("eager", said("ab", "ab")).first_difference is None
+    assert answers.Result("eager", said("ab", "abc")).first_difference == 3
+    mixed = answers.Result("eager", said("ab"), said("ab", "xb"))
     assert (mixed.unique, mixed.unique_completions, mixed.first_difference) == (1, 2, 1)
 
 
 def test_other_bits_are_counted_up_to_the_first_other_token():
-    first = demo.Answer(1, 0, [5, 6, 7], "", ["a", "b", "c"])
-    bits = demo.Answer(2, 0, [5, 6, 7], "", ["a", "x", "c"])
-    tokens = demo.Answer(3, 0, [5, 9, 7], "", ["a", "y", "z"])
-    assert demo.Result("eager", [first, bits, tokens]).other_bits == (2, 5)
-    assert demo.Result("eager", [first]).other_bits == (0, 0)
+    first = answers.Answer(1, 0, [5, 6, 7], "", ["a", "b", "c"])
+    bits = answers.Answer(2, 0, [5, 6, 7], "", ["a", "x", "c"])
+    tokens = answers.Answer(3, 0, [5, 9, 7], "", ["a", "y", "z"])
+    assert answers.Result("eager", [first, bits, tokens]).other_bits == (2, 5)
+    assert answers.Result("eager", [first]).other_bits == (0, 0)
 
 
 def test_answers_are_shown_where_they_part():
-    lines = demo.part_lines(
-        answers("one two three four", "one two [red] four", "one two three four")
+    lines = answers.part_lines(
+        said("one two three four", "one two [red] four", "one two three four")
     )
     assert lines[0].startswith("batch 1, 3: ")
     assert "one two[/] [bold red]three[/] four" in lines[0]
     assert "[bold red]\\[red][/] four" in lines[1]
-    three = demo.part_lines(answers("a x", "b x y", "b x z"))
+    three = answers.part_lines(said("a x", "b x y", "b x z"))
     assert [re.search(r"red\](\w+)", line)[1] for line in three] == ["a", "y", "z"]
-    assert demo.part_lines(answers("one", "one")) == ["at every batch size: one"]
-    assert "(end)" in demo.part_lines(answers("one", "one two"))[0]
+    assert answers.part_lines(said("one", "one")) == ["at every batch size: one"]
+    assert "(end)" in answers.part_lines(said("one", "one two"))[0]
 
 
 def test_report_and_exit_status(tiny, invariant, tmp_path, capsys):
