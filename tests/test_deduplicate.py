@@ -65,11 +65,12 @@ def test_equal_layers_are_one_subgraph(stack):
     torch.testing.assert_close(result, expected)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_no_bit_changes(stack, dtype):
-    stack.to(dtype)
+def test_no_bit_changes(stack, dtype, device):
+    stack.to(device, dtype)
     for batch in (1, 5):  # the second graph has a symbolic batch
-        h = x(batch, 7, 32, dtype=dtype)
+        h = x(batch, 7, 32, dtype=dtype).to(device)
         lifted = compiled(stack, h)
         assert "repeated_layer" in REPORTS[-1].counts()
         plain = compiled(stack, h, disable="deduplicate")
