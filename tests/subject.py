@@ -50,6 +50,7 @@ class Subject:
 
     def pieces(self, x, chunks, cache):
         """Logits of `x`, computed chunk by chunk into `cache`."""
+        assert sum(chunks) == x.shape[1]
         out, start = [], 0
         for size in chunks:
             out.append(self(x[:, start : start + size], cache=cache, start=start))
@@ -106,13 +107,14 @@ def check_padding(subject):
 
 
 def check_caches(subject):
+    rest = subject.length - 40
     growing = DynamicCache(config=subject.config)
     subject.expect(subject.pieces(subject.row, [subject.length], growing), "growing cache")
-    for chunks in ([30, 10, 5], [20] + [1] * (subject.length - 20)):
+    for chunks in ([30, 10, rest], [20] + [1] * (subject.length - 20)):
         growing = DynamicCache(config=subject.config)
         subject.expect(subject.pieces(subject.row, chunks, growing), f"growing cache {chunks}")
     for slots in (128, 512, 1024):
-        for chunks in ([subject.length], [30, 10, 5], [40] + [1] * (subject.length - 40)):
+        for chunks in ([subject.length], [30, 10, rest], [40] + [1] * rest):
             static = StaticCache(config=subject.config, max_cache_len=slots)
             subject.expect(subject.pieces(subject.row, chunks, static), f"{slots} slots {chunks}")
 
