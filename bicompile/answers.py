@@ -86,11 +86,15 @@ class Result:
         return self.decoded / self.decode_seconds if self.decode_seconds else float("nan")
 
 
-def digest(logits: torch.Tensor) -> str:
-    """A short name for the bits of some logits."""
+def digests(logits: torch.Tensor) -> list[list[str]]:
+    """Short names for the bits behind each token; `logits`: rows, tokens, vocabulary."""
     from bicompile.testing import bits
 
-    return hashlib.blake2b(bits(logits).numpy().tobytes(), digest_size=8).hexdigest()
+    patterns = bits(logits).cpu().numpy()
+    return [
+        [hashlib.blake2b(token.tobytes(), digest_size=8).hexdigest() for token in row]
+        for row in patterns
+    ]
 
 
 def as_json(result: Result) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bicompile.answers import QUESTION, TITLES, Answer, Result, as_json, digest, show
+from bicompile.answers import QUESTION, TITLES, Answer, Result, as_json, digests, show
 from bicompile.errors import UnsafeSetting
 
 if TYPE_CHECKING:
@@ -236,18 +236,18 @@ class Asker:
             result.decode_seconds += statistics.median(steps) * len(steps)
             result.decoded += size * len(steps)
         new = output.sequences[:, inputs.input_ids.shape[1] :].tolist()
-        logits = torch.stack([step[list(batch.asked)] for step in output.logits], 1).cpu()
+        logits = digests(torch.stack([step[list(batch.asked)] for step in output.logits], 1))
         return [
-            self._answer(size, row, new[row], steps)
-            for row, steps in zip(batch.asked, logits, strict=True)
+            self._answer(size, row, new[row], names)
+            for row, names in zip(batch.asked, logits, strict=True)
         ]
 
-    def _answer(self, size: int, position: int, tokens: list[int], logits: torch.Tensor) -> Answer:
+    def _answer(self, size: int, position: int, tokens: list[int], logits: list[str]) -> Answer:
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         end = next((i + 1 for i, t in enumerate(tokens) if t in ends), len(tokens))
         text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
-        return Answer(size, position, tokens[:end], text, [digest(x) for x in logits[:end]])
+        return Answer(size, position, tokens[:end], text, logits[:end])
 
 
 @contextmanager
