@@ -11,6 +11,8 @@ under pinned numerics (`bicompile.inductor`), where each function has one body f
 
 from __future__ import annotations
 
+from operator import getitem
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -146,6 +148,8 @@ def audit(gm: GraphModule, *, run) -> None:
 def reason_to_stay(node: Node) -> str | None:
     """Why a node needs no kernel of ours, or None."""
     name = _name(node)
+    if node.target is getitem:
+        return "one of the results of a node that is decided on by itself"
     if not isinstance(node.target, torch._ops.OpOverload):
         if getattr(node.target, "__module__", "") in _MODULES_OF_SIZE_ARITHMETIC:
             return "arithmetic on sizes"
