@@ -16,6 +16,9 @@ hypothesis.settings.register_profile("dev", max_examples=10, deadline=None)
 hypothesis.settings.register_profile(
     "ci", max_examples=10, deadline=None, derandomize=True, database=None
 )
+hypothesis.settings.register_profile(
+    "quick", max_examples=2, deadline=None, derandomize=True, database=None
+)
 hypothesis.settings.register_profile("soak", max_examples=500, deadline=None, print_blob=True)
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev")
 hypothesis.settings.load_profile(PROFILE)
