@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from bicompile import capture, inductor, native
 from bicompile.options import Options
-from bicompile.pipeline import Run, run_pipeline
+from bicompile.pipeline import OPTIONAL, Run, run_pipeline
 from bicompile.report import REPORTS, Report, digest
 
 capture.configure()
@@ -49,7 +49,7 @@ def batch_invariant(
         >>> fn = torch.compile(torch.nn.Linear(8, 4), backend="batch_invariant")  # doctest: +SKIP
     """
     with capture.error_boundary():
-        parsed = Options.parse(options)
+        parsed = Options.parse(options, passes=OPTIONAL)
         capture.check(gm, example_inputs, parsed)
         if any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in example_inputs):
             native.load()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from bicompile import registry
 from bicompile.passes.audit import ALLOWED, EXACT_FOR_INTEGERS, RANDOM
-from bicompile.passes.rules import RULES
+from bicompile.passes.rules import OVER_THE_BATCH, RULES
 
 HEADER = """# Ops
 
@@ -27,7 +28,8 @@ def render() -> str:
     kernels = registry.load_all()
     places: dict[str, list[str]] = defaultdict(list)
     for target, rule in RULES.items():
-        places[rule.kernel.name].append(f"`{target}`")
+        if target not in OVER_THE_BATCH:
+            places[rule.kernel.name].append(f"`{target}`")
     places["sdpa"].append("`aten.scaled_dot_product_attention` in every form")
     rows = [
         f"| {k.family} | `{k.name}` | {', '.join(places[k.name])} "
@@ -39,11 +41,12 @@ def render() -> str:
     for kind, (reason, names) in ALLOWED.items():
         text += f"\n- **{kind}**: {reason}. {_names(names)}\n"
     text += f"- **integers**: exact in every order. {_names(EXACT_FOR_INTEGERS)}\n"
-    text += "\n## Refused\nEverything else, with the user's line in the error. Random ops: "
-    return text + _names(RANDOM) + "\n"
+    text += "\n## Refused\nEverything else, with the user's line in the error.\n"
+    text += f"\n- **random ops**: {_names(RANDOM)}\n"
+    return text + f"- **statistics over the batch**: {_names(map(str, OVER_THE_BATCH))}\n"
 
 
-def _names(names: frozenset[str]) -> str:
+def _names(names: Iterable[str]) -> str:
     return ", ".join(f"`{n}`" for n in sorted(names))
 
 

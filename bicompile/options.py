@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from bicompile.errors import UnknownOption
@@ -29,8 +29,8 @@ class Options:
     fuel: int | None = None
 
     @classmethod
-    def parse(cls, given: Mapping[str, object] | None) -> Options:
-        """Check the user's dictionary.
+    def parse(cls, given: Mapping[str, object] | None, *, passes: Sequence[str] = ()) -> Options:
+        """Check the user's dictionary; `passes` are those that may be left out.
 
         Raises:
             UnknownOption: a name or a value is not known.
@@ -39,12 +39,9 @@ class Options:
             >>> Options.parse({"random": "allow"}).random
             'allow'
         """
-        from bicompile.passes.audit import audit
-        from bicompile.pipeline import PIPELINE
-
         accepted: dict[str, tuple[str, ...]] = {
             **dict.fromkeys(("unsupported", "graph_breaks", "random"), _POLICIES),
-            "disable": tuple(p.__name__ for p in PIPELINE if p is not audit),
+            "disable": tuple(passes),
         }
         known = [f.name for f in fields(cls)]
         values: dict[str, object] = dict(given or {})

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 Pass = Callable[..., None]
 PIPELINE: tuple[Pass, ...] = (canonicalize, replace, fuse, deduplicate, audit)
+OPTIONAL = tuple(step.__name__ for step in PIPELINE if step is not audit)
+"""Passes that `options={"disable": ...}` may leave out."""
 
 
 @dataclass

@@ -95,7 +95,7 @@ ALLOWED: dict[str, tuple[str, frozenset[str]]] = {
 
 EXACT_FOR_INTEGERS = frozenset(
     """
-    sum cumsum cumprod prod sort argsort topk unique histc bincount searchsorted bucketize mm
+    sum cumsum cumprod prod unique histc bincount searchsorted bucketize mm
     index_add scatter_add index_put _unsafe_index_put scatter_reduce cummax cummin count_nonzero
     """.split()
 )
@@ -161,6 +161,8 @@ def reason_to_stay(node: Node) -> str | None:
             return f"{kind}: {reason}"
     if name in EXACT_FOR_INTEGERS and not _floats(node):
         return "integers: exact in every order"
+    if name == "sort" and node.kwargs.get("stable") and not _floats(node):
+        return "stable sort of integers: equal ones keep their order"
     if name in ("index_put", "_unsafe_index_put") and not _accumulates(node):
         reason, _ = ALLOWED["write"]
         return f"write: {reason}"

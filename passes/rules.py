@@ -228,6 +228,14 @@ def _batch_norm_in_training(emit, *args):
     )
 
 
+OVER_THE_BATCH = (
+    aten._native_batch_norm_legit.default,
+    aten._native_batch_norm_legit_functional.default,
+    aten.native_batch_norm.default,
+)
+"""Refused: their statistics are over the batch."""
+
+
 def _table() -> Mapping[torch._ops.OpOverload, Rule]:
     entries: list[tuple[Any, str, Callable[..., Any]]] = [
         (aten.mm.default, "mm", _mm),
@@ -259,9 +267,7 @@ def _table() -> Mapping[torch._ops.OpOverload, Rule]:
         (aten.native_group_norm.default, "group_norm", _group_norm),
         (aten._fused_rms_norm.default, "rms_norm", _fused_rms_norm),
         (aten._native_batch_norm_legit.no_stats, "group_norm", _batch_norm_without_stats),
-        (aten._native_batch_norm_legit.default, "group_norm", _batch_norm_in_training),
-        (aten._native_batch_norm_legit_functional.default, "group_norm", _batch_norm_in_training),
-        (aten.native_batch_norm.default, "group_norm", _batch_norm_in_training),
+        *((op, "group_norm", _batch_norm_in_training) for op in OVER_THE_BATCH),
     ]
     return {op: Rule(op, KERNELS[name], bind) for op, name, bind in entries}
 

@@ -7,7 +7,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from bicompile import capture, native
 from bicompile.options import Options
-from bicompile.pipeline import Run, run_pipeline
+from bicompile.pipeline import OPTIONAL, Run, run_pipeline
 from bicompile.report import Report
 
 
@@ -19,12 +19,13 @@ def rewrite(function, *args, **options):
     """The graph after our passes, the report, and the results of graph and function."""
     native.load()
     graphs, report = [], Report("test")
+    chosen = Options.parse(options, passes=OPTIONAL)
 
     def compiler(gm, inputs):
-        run = Run(Options.parse(options), report, inference=True)
+        run = Run(chosen, report, inference=True)
         run_pipeline(gm, run)
         before = str(gm.graph)
-        run_pipeline(gm, Run(Options.parse(options), Report("again"), inference=True))
+        run_pipeline(gm, Run(chosen, Report("again"), inference=True))
         if "fuel" not in options:
             assert str(gm.graph) == before, "the pipeline is not idempotent"
         graphs.append(gm)
