@@ -267,7 +267,7 @@ def _show(console: Console, name: str, rows: Sequence[Row]) -> None:
     systems = [s for s in ("eager", BASE, OURS) if any(s in row.figures for row in rows)]
     bases = [s for s in systems if s != OURS]
     title = f"{name} (a ratio below 1: bicompile takes less)"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for system in systems:
         table.add_column(system, justify="right")
@@ -277,7 +277,8 @@ def _show(console: Console, name: str, rows: Sequence[Row]) -> None:
         figures = [f"{row.figures[s]:.3g}" if s in row.figures else "-" for s in systems]
         ratios = [row.ratio(b) for b in bases]
         shown = [f"[bold]{r:.2f}[/]" if r is not None else "-" for r in ratios]
-        table.add_row(f"{row.what} ({row.unit})", *figures, *shown)
+        short = row.what.replace(" batch ", " B=")  # eighty columns
+        table.add_row(f"{short} ({row.unit})", *figures, *shown)
     console.print(table)
     for note in dict.fromkeys(f"{row.what}: {row.note}" for row in rows if row.note):
         console.print(f"[red]{escape(note)}[/]")

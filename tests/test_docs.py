@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -44,6 +45,21 @@ def test_readme_shows_real_output():
     assert len(shown) == len(real) == 2
     assert re.sub(r"\d+ of", "n of", shown[0]) == re.sub(r"\d+ of", "n of", real[0])
     assert shown[1] == real[1] == "batch_invariant: 0 of 512 numbers of the row differ"
+
+
+def test_readme_states_the_measured_cost():
+    """In the order of the sentence: decoding at batch 1, then 16, each in bfloat16 and float32."""
+    tables = json.loads((ROOT / "docs" / "bench-cpu.json").read_text())["tables"]
+    (cost,) = (line for line in README.splitlines() if line.startswith("Cost:"))
+    stated = re.findall(r"\b0\.\d\d\b", cost)
+    measured = [
+        f"{row['figures']['bicompile'] / row['figures']['inductor']:.2f}"
+        for batch in (1, 16)
+        for dtype in ("bfloat16", "float32")
+        for row in tables[f"model, {dtype}"]
+        if row["what"] == f"decode batch {batch}"
+    ]
+    assert stated == measured
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
