@@ -39,6 +39,7 @@ from torch.fx.node import map_arg
 
 aten = torch.ops.aten
 _INVOKE = torch.ops.higher_order.invoke_subgraph
+# Inductor does these in place where the tensor is not read again, which it sees in one graph only.
 _WRITES = frozenset(("index_put", "_unsafe_index_put", "index_copy", "slice_scatter", "scatter"))
 _SMALLEST = 8  # nodes of a layer that is worth a call
 _NAME = "repeated_layer"
