@@ -47,13 +47,12 @@ _NAME = "repeated_layer"
 
 @dataclass(frozen=True)
 class _Region:
-    """One occurrence of a layer: its nodes, what it reads, what others read of it.
+    """One occurrence of a layer: its nodes, and what others read of it.
 
     `views` are the nodes that others read through views; they are repeated behind the call.
     """
 
     nodes: tuple[Node, ...]
-    inputs: tuple[Node, ...]
     outputs: tuple[Node, ...]
     views: tuple[Node, ...]
     structure: tuple[object, ...]
@@ -139,21 +138,30 @@ def _stays_outside(node: Node) -> bool:
 
 def _region(nodes: Sequence[Node]) -> _Region:
     inside = {n: i for i, n in enumerate(nodes)}
-    inputs: dict[Node, int] = {}
-    wires = []
-
-    def wire(a: Node) -> Node:
-        place = ("node", inside[a]) if a in inside else ("input", inputs.setdefault(a, len(inputs)))
-        wires.append(place)
-        return a
-
-    for node in nodes:
-        map_arg((node.args, node.kwargs), wire)
+    inputs = _inputs(nodes)
+    numbers = {n: -1 - i for i, n in enumerate(inputs)} | inside
+    wires = tuple(numbers[a] for n in nodes for a in _arguments(n))
     outputs, views = _read_outside(nodes, inside)
     described = tuple((n.op == "get_attr", _described(n)) for n in inputs)
     places = tuple(inside[n] for n in outputs), tuple(inside[n] for n in views)
-    structure = tuple(map(_kind, nodes)), tuple(wires), described, places
-    return _Region(tuple(nodes), tuple(inputs), outputs, views, structure)
+    structure = tuple(map(_kind, nodes)), wires, described, places
+    return _Region(tuple(nodes), outputs, views, structure)
+
+
+def _arguments(node: Node) -> list[Node]:
+    """The nodes that a node reads, as often as it reads them."""
+    found: list[Node] = []
+    map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def _inputs(nodes: Sequence[Node]) -> tuple[Node, ...]:
+    """What a region reads, in the order of its first use.
+
+    Asked anew for each call: what an earlier call replaced is read from there.
+    """
+    inside = set(nodes)
+    return tuple(dict.fromkeys(a for n in nodes for a in _arguments(n) if a not in inside))
 
 
 def _read_outside(
@@ -187,13 +195,13 @@ def _may_be_called(region: _Region) -> bool:
     """A subgraph returns tensors; none of them may become a part of a wider one (cat)."""
     tensors = all(isinstance(n.meta["val"], torch.Tensor) for n in region.outputs)
     parts = any(u.target is aten.cat.default for n in region.outputs for u in n.users)
-    known = all("val" in n.meta for n in region.inputs)
+    known = all("val" in n.meta for n in _inputs(region.nodes))
     return bool(region.outputs) and known and tensors and not parts
 
 
 def _subgraph(gm: GraphModule, region: _Region) -> GraphModule:
     graph, copies = Graph(), {}
-    for i, node in enumerate(region.inputs):
+    for i, node in enumerate(_inputs(region.nodes)):
         copies[node] = graph.placeholder(f"input_{i}")
         copies[node].meta["val"] = node.meta["val"]
     for node in region.nodes:
@@ -206,7 +214,7 @@ def _subgraph(gm: GraphModule, region: _Region) -> GraphModule:
 
 def _call(graph: Graph, region: _Region) -> None:
     """Put a call in the place of a region, which is erased."""
-    inputs = _current(region)
+    inputs = _inputs(region.nodes)
     with graph.inserting_before(region.nodes[-1].next):
         layer = graph.get_attr(_NAME)
         call = graph.call_function(_INVOKE, (layer, _NAME, *inputs))
@@ -221,18 +229,3 @@ def _call(graph: Graph, region: _Region) -> None:
         node.replace_all_uses_with(new)
     for node in reversed(region.nodes):
         graph.erase_node(node)
-
-
-def _current(region: _Region) -> tuple[Node, ...]:
-    """The inputs of a region as they are now: what an earlier call replaced is read from there."""
-    inside = set(region.nodes)
-    inputs: dict[Node, None] = {}
-
-    def note(a: Node) -> Node:
-        if a not in inside:
-            inputs.setdefault(a)
-        return a
-
-    for node in region.nodes:
-        map_arg((node.args, node.kwargs), note)
-    return tuple(inputs)

@@ -139,6 +139,26 @@ def test_views_are_taken_outside():
         torch.testing.assert_close(ours, theirs)
 
 
+def test_a_part_of_a_wider_tensor_is_not_returned():
+    """Inductor may write what `cat` joins into the joined tensor, at an offset."""
+
+    def chain(h, *weights):
+        kept = []
+        for w in weights:
+            a = (h @ w).sigmoid()
+            b = (h @ w.mT).tanh()
+            kept.append(b.sqrt())
+            h = torch.cat([a, b], 1).softmax(-1)[:, 4:12].exp().sqrt().sin().cos()
+            kept.append(b)
+        return h, *kept
+
+    args = x(3, 8), *(x(8, 8) + i for i in range(5))
+    plain = compiled(chain, *args, disable="deduplicate")
+    testing.assert_same_bits(compiled(chain, *args), plain, "parts")
+    gm, _, _, _ = rewrite(chain, *args)
+    assert count(gm, INVOKE) == 0
+
+
 def test_training_graphs_are_left_alone():
     model = nn.Sequential(*(m for _ in range(5) for m in (nn.Linear(8, 8), nn.GELU())))
     loss = torch.compile(model, backend="batch_invariant")(x(3, 8)).square().view(-1)[0]
