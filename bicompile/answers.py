@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -86,15 +85,22 @@ class Result:
         return self.decoded / self.decode_seconds if self.decode_seconds else float("nan")
 
 
-def digests(logits: torch.Tensor) -> list[list[str]]:
-    """Short names for the bits behind each token; `logits`: rows, tokens, vocabulary."""
+def digests(steps: Sequence[torch.Tensor], rows: Sequence[int]) -> list[list[str]]:
+    """Short names for the bits behind each token of some rows; a step: logits [B, vocabulary].
+
+    Multilinear hashing modulo 2 ** 64, on the device of the logits, as 256 rows of 60 tokens are
+    3 GB; the factors are random, so two patterns share a name with a probability of 2 ** -32.
+    """
+    import torch
+
     from bicompile.testing import bits
 
-    patterns = bits(logits).cpu().numpy()
-    return [
-        [hashlib.blake2b(token.tobytes(), digest_size=8).hexdigest() for token in row]
-        for row in patterns
-    ]
+    size, device = steps[0].shape[-1], steps[0].device
+    generator = torch.Generator().manual_seed(0)
+    bounds = -(1 << 63), (1 << 63) - 1
+    factors = torch.randint(*bounds, (size,), generator=generator).to(device)
+    hashed = [(bits(step[list(rows)]).long() * factors).sum(-1) for step in steps]
+    return [[f"{n & (1 << 64) - 1:016x}" for n in row] for row in torch.stack(hashed, 1).tolist()]
 
 
 def as_json(result: Result) -> dict[str, Any]:

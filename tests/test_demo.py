@@ -57,7 +57,7 @@ def test_batches_hold_the_question_once():
 def test_mixed_batches_ask_exactly_n_times(n):
     batches = demo.mixed_batches(demo.OTHERS, n)
     assert sum(len(b.asked) for b in batches) == n
-    assert all(1 <= len(b.prompts) <= 64 for b in batches)
+    assert all(1 <= len(b.prompts) <= 256 for b in batches)
     assert all(b.prompts[i] == answers.QUESTION for b in batches for i in b.asked)
     assert batches == demo.mixed_batches(demo.OTHERS, n)
 
@@ -82,6 +82,18 @@ def test_other_bits_are_counted_up_to_the_first_other_token():
     tokens = answers.Answer(3, 0, [5, 9, 7], "", ["a", "y", "z"])
     assert answers.Result("eager", [first, bits, tokens]).other_bits == (2, 5)
     assert answers.Result("eager", [first]).other_bits == (0, 0)
+
+
+def test_digests_name_bits():
+    steps = [torch.randn(3, 1000, dtype=torch.bfloat16) for _ in range(2)]
+    steps[1][2, 7] = 0.0
+    before = answers.digests(steps, (0, 2))
+    steps[1][2, 7] = -0.0
+    after = answers.digests(steps, (0, 2))
+    assert before[0] == after[0]
+    assert before[1][0] == after[1][0]
+    assert before[1][1] != after[1][1]
+    assert len({name for row in before for name in row}) == 4
 
 
 def test_answers_are_shown_where_they_part():
