@@ -1,4 +1,4 @@
-"""Fusions into wider ops of ours that change no bit.
+"""Fusions into wider ops of ours that change no bit; those of products are in `fuse_matmul`.
 
 `fuse_rms_norm`: transformers write RMSNorm by hand. ::
 
@@ -29,6 +29,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bicompile.graph import Emit, value
+from bicompile.passes.fuse_matmul import fuse_matmul
 from bicompile.registry import KERNELS
 
 aten = torch.ops.aten
@@ -40,6 +41,7 @@ _ADD = (aten.add.Tensor, aten.add.Scalar)
 def fuse(gm: GraphModule, *, run) -> None:
     """All sub-passes in order."""
     fuse_rms_norm(gm, run=run)
+    fuse_matmul(gm, run=run)
 
 
 @dataclass(frozen=True)

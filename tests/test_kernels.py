@@ -59,6 +59,8 @@ def test_every_element_is_written(kernel, dtype, poisoned_memory, device):
 SIZES = {
     "M": 512,  # each row has its own error of scale: with few, chance decides
     "N": 48,
+    "N1": 20,
+    "N2": 33,
     "K": 777,
     "K1": 37,
     "K2": 21,

@@ -1,4 +1,5 @@
-// mm, addmm, bmm and baddbmm, in the order of kernels/matmul.
+// The matrix products, in the order of kernels/matmul.
+#include "../common/functions.h"
 #include "../common/tensor.h"
 #include "columns.h"
 #include "panels.h"
@@ -121,6 +122,7 @@ Operand right(const Tensor& t) {
 struct Bias {
   const Tensor* self = nullptr;
   float beta = 0.f, alpha = 1.f;
+  bool round_first = false;
 };
 
 template <class P>
@@ -130,6 +132,7 @@ void run(const Operand& a, const Operand& b, const Bias& bias, const Tensor& c) 
   Product<P> one{data<T>(a.t), data<T>(b.t), M, N, K, a.ld, b.ld, b.along_k, {}};
   one.out = {mutable_data<T>(c), N};
   one.out.alpha = bias.alpha;
+  one.out.round_first = bias.round_first;
   int64_t batch_stride = 0;
   if (bias.self && bias.beta != 0.f) {
     const Tensor& s = *bias.self;
@@ -185,6 +188,39 @@ Tensor baddbmm(const Tensor& self, const Tensor& batch1, const Tensor& batch2, d
   return product(batch1, batch2, {&self, (float)beta, (float)alpha});
 }
 
+Tensor mm_add(const Tensor& self, const Tensor& mat2, const Tensor& other, bool) {
+  return product(self, mat2, {&other, 1.f, 1.f, true});
+}
+
+Tensor swiglu(const Tensor& self, const Tensor& gate, const Tensor& up, bool) {
+  const Tensor x = product(self, gate, {}), y = product(self, up, {});
+  dispatch(x.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    T* gates = mutable_data<T>(x);
+    const T* ups = data<T>(y);
+    const int64_t blocks = (x.numel() + W - 1) / W;
+    parallel(blocks, W, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin * W; i < std::min(x.numel(), end * W); i += W) {
+        const int64_t n = std::min(W, x.numel() - i);
+        const f32x16 v = load(gates + i, n);
+        const f32x16 silu = rounded(v / (splat(1.f) + bic::exp(zero() - v)), T{});
+        store(gates + i, silu * load(ups + i, n), n);
+      }
+    });
+  });
+  return x;
+}
+
+std::tuple<Tensor, Tensor, Tensor> qkv_proj(
+    const Tensor& self, const Tensor& q, const Tensor& k, const Tensor& v,
+    const std::optional<Tensor>& q_bias, const std::optional<Tensor>& k_bias,
+    const std::optional<Tensor>& v_bias, bool) {
+  const auto one = [&](const Tensor& weight, const std::optional<Tensor>& bias) {
+    return product(self, weight, bias ? Bias{&*bias, 1.f} : Bias{});
+  };
+  return {one(q, q_bias), one(k, k_bias), one(v, v_bias)};
+}
+
 }  // namespace
 
 // Whether this build has the right bits on this machine; if not it registers nothing.
@@ -198,6 +234,9 @@ STABLE_TORCH_LIBRARY_IMPL(bicompile, CPU, m) {
   m.impl("addmm", TORCH_BOX(&addmm));
   m.impl("bmm", TORCH_BOX(&bmm));
   m.impl("baddbmm", TORCH_BOX(&baddbmm));
+  m.impl("mm_add", TORCH_BOX(&mm_add));
+  m.impl("swiglu", TORCH_BOX(&swiglu));
+  m.impl("qkv_proj", TORCH_BOX(&qkv_proj));
 }
 
 }  // namespace bic::simd

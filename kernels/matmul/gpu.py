@@ -1,147 +1,212 @@
-"""Triton matmul: one chain over K per output element, so tiles, warps and stages change no bit.
+"""Triton matmul: one chain over K per output element, so tiles, warps and stages change no bit."""
 
-fp32 in full precision ("ieee") sums chains of PART terms, one after the other: a chain of thousands
-is less accurate than what PyTorch calls.
-"""
+from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bicompile.kernels.common.trees import INTERPRET, OPTIONS, strides
-from bicompile.kernels.matmul.schedules import PART, schedule
+from bicompile.kernels.common.launch import after_others, capability, is_aligned, launch, processors
+from bicompile.kernels.common.trees import strides
+from bicompile.kernels.matmul.schedules import PART, Schedule, schedule
+from bicompile.kernels.matmul.tiles import chain, chain_of_blocks, put, tile_of
 
-GROUP = tl.constexpr(8)  # rows of tiles that share their columns in L2
-
-
-@triton.jit
-def _tile_of(tile, num_m, num_n):
-    """Tile number -> (tile row, tile column), GROUP rows of tiles at a time."""
-    per = GROUP * num_n
-    first = tile // per * GROUP
-    size = tl.minimum(num_m - first, GROUP)
-    return first + tile % per % size, tile % per // size
-
-
-@triton.jit
-def _tf32(x):
-    """fp32 rounded to nearest in tf32; the tensor cores would cut it off."""
-    if not INTERPRET:
-        x = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
-    return x
-
-
-@triton.jit
-def _add_dot(x, y, acc, KIND: tl.constexpr):
-    """acc + x @ y. ieee: a chain of its own for BK terms, then one sum: fewer large roundings."""
-    if KIND == "ieee":
-        part = tl.dot(x, y, input_precision="ieee")
-        acc = tl.math.fma(part, tl.full(part.shape, 1.0, tl.float32), acc)  # "+" becomes one chain
-    elif KIND == "tf32":
-        acc = tl.dot(_tf32(x), _tf32(y), acc, input_precision="tf32")
-    else:
-        acc = tl.dot(x, y, acc)
-    return acc
-
-
-@triton.jit
-def _chain(
-    A, B, rm, rn, M, N, K, sam, sak, sbk, sbn,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
-    KIND: tl.constexpr,
-):  # fmt: skip
-    """acc [BM, BN]: K in rising order from +0; what lies outside the matrices adds 0 * 0."""
-    rk = tl.arange(0, BK)
-    a = A + rm.to(tl.int64)[:, None] * sam + rk.to(tl.int64)[None, :] * sak
-    b = B + rk.to(tl.int64)[:, None] * sbk + rn.to(tl.int64)[None, :] * sbn
-    step_a = tl.full([], BK, tl.int64) * sak
-    step_b = tl.full([], BK, tl.int64) * sbk
-    in_m = rm[:, None] < M
-    in_n = rn[None, :] < N
-    acc = tl.zeros([BM, BN], tl.float32)
-    for k in tl.range(0, K, BK):
-        if EVEN_K:
-            x = tl.load(a, mask=in_m, other=0.0)
-            y = tl.load(b, mask=in_n, other=0.0)
-        else:
-            x = tl.load(a, mask=in_m & (rk[None, :] < K - k), other=0.0)
-            y = tl.load(b, mask=in_n & (rk[:, None] < K - k), other=0.0)
-        acc = _add_dot(x, y, acc, KIND)
-        a += step_a
-        b += step_b
-    return acc
+QKV_ROWS = 128  # up to here q, k and v are one launch; above, each fills the device alone
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit(do_not_specialize=["M", "beta", "alpha"])
 def matmul_kernel(
-    A, B, C, Y, M, N, K, sab, sam, sak, sbb, sbk, sbn, scb, scm, scn, beta, alpha,
-    HAS_C: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, EVEN_K: tl.constexpr,
-    KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    A, B, B2, C, Y, M, N, K, sab, sam, sak, sbb, sbk, sbn, scb, scm, scn, beta, alpha,
+    END: tl.constexpr, KIND: tl.constexpr, TYPE: tl.constexpr, EVEN_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Y = alpha * A @ B + beta * C, rounded once; program (matrix, tile)."""
+    """Y = A @ B and what END says; program (matrix, tile)."""
+    after_others(PDL)
     num_m = tl.cdiv(M, BM)
     num_n = tl.cdiv(N, BN)
     pid = tl.program_id(0)
     batch = (pid // (num_m * num_n)).to(tl.int64)
-    tile_m, tile_n = _tile_of(pid % (num_m * num_n), num_m, num_n)
-    rm = tile_m * BM + tl.arange(0, BM)
-    rn = tile_n * BN + tl.arange(0, BN)
-    y = _chain(
-        A + batch * sab, B + batch * sbb, rm, rn, M, N, K, sam, sak, sbk, sbn,
-        BM, BN, BK, EVEN_K, KIND,
+    tile_m, tile_n = tile_of(pid % (num_m * num_n), num_m, num_n)
+    y, y2 = chain(
+        A + batch * sab, B + batch * sbb, B2, tile_m * BM, tile_n * BN, M, N, K, sam, sak, sbk, sbn,
+        BM, BN, BK, EVEN_K, KIND, END == "swiglu",
     )  # fmt: skip
-    row = rm.to(tl.int64)[:, None]
-    column = rn.to(tl.int64)[None, :]
-    inside = (row < M) & (column < N)
-    if HAS_ALPHA:
-        y = y * alpha
-    if HAS_C:
-        c = tl.load(C + batch * scb + row * scm + column * scn, mask=inside, other=0.0)
-        c = c.to(tl.float32)
-        if HAS_BETA:
-            c = c * beta
-        y = y + c
-    tl.store(Y + (batch * M + row) * N + column, y.to(Y.dtype.element_ty), mask=inside)
+    put(
+        y, y2, C + batch * scb, Y + batch * M * N, tile_m * BM, tile_n * BN, M, N, scm, scn,
+        beta, alpha, END, TYPE, False, 1, BM, BN,
+    )  # fmt: skip
 
 
-def _launch(a, b, c, beta, alpha, tf32, chosen=None):
-    """a [B, M, K], b [B, K, N], c None or broadcast to [B, M, N] -> [B, M, N]."""
+@triton.jit(do_not_specialize=["M", "beta", "alpha"])
+def block_kernel(
+    A, B, B2, C, Y, M, N, K, scm, scn, beta, alpha,
+    END: tl.constexpr, TYPE: tl.constexpr, ALONG_K: tl.constexpr, PERSISTENT: tl.constexpr,
+    PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The same for one matrix of half precision, through tensor descriptors A, B, B2 and Y."""
+    after_others(PDL)
+    num_m = tl.cdiv(M, BM)
+    num_n = tl.cdiv(N, BN)
+    tiles = num_m * num_n
+    step = tl.num_programs(0) if PERSISTENT else tiles
+    for tile in tl.range(tl.program_id(0), tiles, step, flatten=PERSISTENT):
+        tile_m, tile_n = tile_of(tile, num_m, num_n)
+        y, y2 = chain_of_blocks(
+            A, B, B2, tile_m * BM, tile_n * BN, K, BM, BN, BK, ALONG_K, END == "swiglu"
+        )
+        put(
+            y, y2, C, Y, tile_m * BM, tile_n * BN, M, N, scm, scn, beta, alpha,
+            END, TYPE, True, PARTS, BM, BN,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M"])
+def qkv_kernel(
+    A, Q, K, V, CQ, CK, CV, YQ, YK, YV, M, NQ, NK, NV, D, sam, sak, sbd, sbn,
+    END: tl.constexpr, KIND: tl.constexpr, TYPE: tl.constexpr, EVEN_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A @ Q, A @ K, A @ V, each with its bias: the columns of all three are numbered through."""
+    after_others(PDL)
+    num_m = tl.cdiv(M, BM)
+    tile_m = tl.program_id(0) % num_m
+    tile_n = tl.program_id(0) // num_m
+    in_q = tl.cdiv(NQ, BN)
+    in_k = in_q + tl.cdiv(NK, BN)
+    is_q = tile_n < in_q
+    is_k = tile_n < in_k
+    b = tl.where(is_q, Q, tl.where(is_k, K, V))
+    c = tl.where(is_q, CQ, tl.where(is_k, CK, CV))
+    y = tl.where(is_q, YQ, tl.where(is_k, YK, YV))
+    n = tl.where(is_q, NQ, tl.where(is_k, NK, NV))
+    n0 = (tile_n - tl.where(is_q, 0, tl.where(is_k, in_q, in_k))) * BN
+    acc, acc2 = chain(
+        A, b, b, tile_m * BM, n0, M, n, D, sam, sak, sbd, sbn, BM, BN, BK, EVEN_K, KIND, False
+    )
+    put(acc, acc2, c, y, tile_m * BM, n0, M, n, 0, 1, 1.0, 1.0, END, TYPE, False, 1, BM, BN)
+
+
+def _kind(dtype: torch.dtype, tf32: bool) -> str:
+    return "half" if dtype != torch.float32 else "tf32" if tf32 else "ieee"
+
+
+def _choose(kind: str, a, weights, n: int, chosen: Schedule | None) -> Schedule:
+    """The schedule for n columns of a [B, M, K] @ weights, or its twin without descriptors."""
+    _, m, k = a.shape
+    s = chosen or schedule(kind, capability(a.device), m, n, k)
+    assert not kind.startswith("ieee") or s.bk == PART
+    return s if not s.tma or _fits_blocks(a, weights, n) else s.with_pointers()
+
+
+def _fits_blocks(a, weights, n: int) -> bool:
+    """Whether tensor descriptors can stand for these operands, and for a result of n columns."""
+    fits = a.shape[0] == 1 and a.shape[2] > 0 and n * a.element_size() % 16 == 0
+    fits = fits and _is_blocked(a[0])
+    return fits and all(_is_blocked(w[0]) or _is_blocked(w[0].t()) for w in weights)
+
+
+def _is_blocked(x: torch.Tensor) -> bool:
+    """Whether the rows of x [R, C] are dense and start at multiples of 16 bytes."""
+    row, column = x.stride()
+    return (column == 1 or x.shape[1] == 1) and row * x.element_size() % 16 == 0 and is_aligned(x)
+
+
+def _described(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [rows, columns])
+
+
+def _launch(a, b, c=None, *, tf32, end="", beta=0.0, alpha=1.0, b2=None, chosen=None):
+    """a [B, M, K], b and b2 [B, K, N], c None or broadcast to [B, M, N] -> [B, M, N]."""
     (batch, m, k), n = a.shape, b.shape[2]
     out = torch.empty((batch, m, n), dtype=a.dtype, device=a.device)
     if out.numel() == 0:
         return out
-    kind = "half" if a.dtype != torch.float32 else "tf32" if tf32 else "ieee"
-    s = chosen or schedule(kind, m)
-    assert kind != "ieee" or s.bk == PART
-    has_c = c is not None and beta != 0
-    c, c_strides = (c, strides(c)) if has_c else (out, (0, 0, 0))
-    grid = (batch * triton.cdiv(m, s.bm) * triton.cdiv(n, s.bn),)
-    matmul_kernel[grid](
-        a, b, c, out, m, n, k, *strides(a), *strides(b), *c_strides, float(beta), float(alpha),
-        HAS_C=has_c, HAS_ALPHA=alpha != 1, HAS_BETA=beta != 1, EVEN_K=k % s.bk == 0,
-        KIND=kind, BM=s.bm, BN=s.bn, BK=s.bk,
-        num_warps=s.warps, num_stages=s.stages, **OPTIONS,
-    )  # fmt: skip
+    weights = (b,) if b2 is None else (b, b2)
+    kind = _kind(a.dtype, tf32)
+    s = _choose(kind if b2 is None else f"{kind} pair", a, weights, n, chosen)
+    c, c_strides = (out, (0, 0, 0)) if c is None else (c, strides(c))
+    tiles = triton.cdiv(m, s.bm) * triton.cdiv(n, s.bn)
+    common = {"END": end, "TYPE": TYPES[a.dtype], "BM": s.bm, "BN": s.bn, "BK": s.bk}
+    if s.tma:
+        along_k = not _is_blocked(b[0])
+        blocks = [
+            _described(w[0].t(), s.bn, s.bk) if along_k else _described(w[0], s.bk, s.bn)
+            for w in weights
+        ]
+        launch(
+            block_kernel, min(tiles, processors(a.device)) if s.persistent else tiles,
+            _described(a[0], s.bm, s.bk), blocks[0], blocks[-1], c,
+            _described(out[0], s.bm, s.bn // s.parts), m, n, k, *c_strides[1:],
+            float(beta), float(alpha), **common, ALONG_K=along_k, PERSISTENT=s.persistent,
+            PARTS=s.parts, num_warps=s.warps, num_stages=s.stages,
+        )  # fmt: skip
+    else:
+        launch(
+            matmul_kernel, batch * tiles, a, b, weights[-1], c, out, m, n, k, *strides(a),
+            *strides(b), *c_strides, float(beta), float(alpha), **common,
+            KIND=kind, EVEN_K=k % s.bk == 0, num_warps=s.warps, num_stages=s.stages,
+        )  # fmt: skip
     return out
 
 
 def mm(self, mat2, tf32, chosen=None):
     """self [M, K] @ mat2 [K, N]."""
-    return _launch(self[None], mat2[None], None, 0.0, 1.0, tf32, chosen)[0]
-
-
-def addmm(self, mat1, mat2, beta, alpha, tf32, chosen=None):
-    """alpha * mat1 @ mat2 + beta * self, one rounding; beta 0 ignores self."""
-    c = self.expand(mat1.shape[0], mat2.shape[1])[None]
-    return _launch(mat1[None], mat2[None], c, beta, alpha, tf32, chosen)[0]
+    return _launch(self[None], mat2[None], tf32=tf32, chosen=chosen)[0]
 
 
 def bmm(self, mat2, tf32, chosen=None):
     """self [B, M, K] @ mat2 [B, K, N]."""
-    return _launch(self, mat2, None, 0.0, 1.0, tf32, chosen)
+    return _launch(self, mat2, tf32=tf32, chosen=chosen)
+
+
+def addmm(self, mat1, mat2, beta, alpha, tf32, chosen=None):
+    """alpha * mat1 @ mat2 + beta * self, one rounding; beta 0 ignores self."""
+    return baddbmm(self, mat1[None], mat2[None], beta, alpha, tf32, chosen)[0]
 
 
 def baddbmm(self, batch1, batch2, beta, alpha, tf32, chosen=None):
     """alpha * batch1 @ batch2 + beta * self, one rounding; beta 0 ignores self."""
-    c = self.expand(batch1.shape[0], batch1.shape[1], batch2.shape[2])
-    return _launch(batch1, batch2, c, beta, alpha, tf32, chosen)
+    c = self.expand(batch1.shape[0], batch1.shape[1], batch2.shape[2]) if beta else None
+    end = "addmm" if beta else "scale"
+    return _launch(batch1, batch2, c, tf32=tf32, end=end, beta=beta, alpha=alpha, chosen=chosen)
+
+
+def mm_add(self, mat2, other, tf32, chosen=None):
+    """self @ mat2, rounded, + other, rounded again."""
+    return _launch(self[None], mat2[None], other[None], tf32=tf32, end="add", chosen=chosen)[0]
+
+
+def swiglu(self, gate, up, tf32, chosen=None):
+    """silu(self @ gate) * (self @ up), each op rounded."""
+    if gate.stride() != up.stride():
+        up = torch.empty_like(gate).copy_(up)
+        gate = gate if gate.stride() == up.stride() else gate.contiguous()
+    return _launch(self[None], gate[None], tf32=tf32, end="swiglu", b2=up[None], chosen=chosen)[0]
+
+
+def qkv_proj(self, q, k, v, q_bias, k_bias, v_bias, tf32, chosen=None):
+    """self @ q + q_bias, self @ k + k_bias, self @ v + v_bias."""
+    weights, biases = (q, k, v), (q_bias, k_bias, v_bias)
+    m, d = self.shape
+    alike = q.stride() == k.stride() == v.stride() and len({b is None for b in biases}) == 1
+    if not alike or not 0 < m <= QKV_ROWS or 0 in (d, *(w.shape[1] for w in weights)):
+        pairs = zip(weights, biases, strict=True)
+        return tuple(
+            mm(self, w, tf32, chosen) if b is None else addmm(b, self, w, 1.0, 1.0, tf32, chosen)
+            for w, b in pairs
+        )
+    columns = [w.shape[1] for w in weights]
+    kind = _kind(self.dtype, tf32)
+    s = _choose(kind, self[None], (), sum(columns), chosen).with_pointers()
+    out = [torch.empty((m, n), dtype=self.dtype, device=self.device) for n in columns]
+    added = out if q_bias is None else [b.contiguous() for b in biases]
+    tiles = triton.cdiv(m, s.bm) * sum(triton.cdiv(n, s.bn) for n in columns)
+    launch(
+        qkv_kernel, tiles, self, *weights, *added, *out, m, *columns, d, *strides(self),
+        *strides(q), END="" if q_bias is None else "addmm", KIND=kind,
+        TYPE=TYPES[self.dtype], EVEN_K=d % s.bk == 0, BM=s.bm, BN=s.bn, BK=s.bk,
+        num_warps=s.warps, num_stages=s.stages,
+    )  # fmt: skip
+    return tuple(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from bicompile.contract import Case, Contract
 from bicompile.registry import Kernel, register
@@ -91,5 +92,79 @@ baddbmm = register(
         ),
         order=ORDER + "; alpha, then beta * self, rounded once",
         fake=_addmm_fake,
+    )
+)
+
+
+def mm_add_reference(self, mat2, other, tf32=False):
+    """`self @ mat2 + other`, the product rounded before."""
+    return self @ mat2 + other
+
+
+mm_add = register(
+    Kernel(
+        name="mm_add",
+        schema="(Tensor self, Tensor mat2, Tensor other, bool tf32) -> Tensor",
+        contract=Contract((Case("self: M K, mat2: K N, other: M N -> M N", {"tf32": False}),)),
+        reference=mm_add_reference,
+        eager=lambda self, mat2, other, tf32: torch.mm(self, mat2) + other,
+        order=ORDER + "; rounded, then + other",
+    )
+)
+
+
+def swiglu_reference(self, gate, up, tf32=False):
+    """`silu(self @ gate) * (self @ up)`, each op rounded."""
+    return F.silu(self @ gate) * (self @ up)
+
+
+swiglu = register(
+    Kernel(
+        name="swiglu",
+        schema="(Tensor self, Tensor gate, Tensor up, bool tf32) -> Tensor",
+        contract=Contract((Case("self: M K, gate: K N, up: K N -> M N", {"tf32": False}),)),
+        reference=swiglu_reference,
+        eager=lambda self, gate, up, tf32: swiglu_reference(self, gate, up),
+        order=ORDER + "; rounded, then silu(gate) * up",
+    )
+)
+
+
+def qkv_proj_reference(self, q, k, v, q_bias, k_bias, v_bias, tf32=False):
+    """`self @ q + q_bias`, and so for k and v; a bias may be None."""
+    return tuple(
+        self @ w if b is None else self @ w + b for w, b in ((q, q_bias), (k, k_bias), (v, v_bias))
+    )
+
+
+def _qkv_eager(self, q, k, v, q_bias, k_bias, v_bias, tf32):
+    return tuple(
+        torch.mm(self, w) if b is None else torch.addmm(b, self, w)
+        for w, b in ((q, q_bias), (k, k_bias), (v, v_bias))
+    )
+
+
+def _qkv_fake(self, q, k, v, q_bias, k_bias, v_bias, tf32):
+    return tuple(self.new_empty((self.shape[0], w.shape[1])) for w in (q, k, v))
+
+
+qkv_proj = register(
+    Kernel(
+        name="qkv_proj",
+        schema="(Tensor self, Tensor q, Tensor k, Tensor v, Tensor? q_bias, Tensor? k_bias,"
+        " Tensor? v_bias, bool tf32) -> (Tensor, Tensor, Tensor)",
+        contract=Contract(
+            (
+                Case(
+                    "self: M K, q: K N, k: K N1, v: K N2, q_bias?: N, k_bias?: N1, v_bias?: N2"
+                    " -> M N, M N1, M N2",
+                    {"tf32": False},
+                ),
+            )
+        ),
+        reference=qkv_proj_reference,
+        eager=_qkv_eager,
+        order=ORDER + "; three products side by side",
+        fake=_qkv_fake,
     )
 )

@@ -1,55 +1,130 @@
-"""Schedules of the Triton matmul: tiles, warps and stages by kind and rows. Free: no bits.
+"""Schedules of the Triton matmul: tiles, warps and stages by kind, rows and columns. Free: no bits.
 
-Every entry fits 99 KB of shared memory (sm_80 and later).
+A table is read from the top; the first entry whose bounds hold serves. Entries for "any" device fit
+99 KB of shared memory (sm_80 and later).
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Tile of the output, step in K, warps and pipeline stages."""
+    """Tile of the output, step in K, warps and pipeline stages.
+
+    With `tma` the operands are read as blocks of tensor descriptors, which needs rows that start at
+    multiples of 16 bytes. `persistent`: as many programs as multiprocessors, each with many tiles.
+    `parts`: column parts in which a tile is stored.
+    """
 
     bm: int
     bn: int
     bk: int
     warps: int
     stages: int
+    tma: bool = False
+    persistent: bool = False
+    parts: int = 1
+
+    def with_pointers(self) -> Schedule:
+        """The same tiles for operands that no tensor descriptor can stand for."""
+        return replace(self, tma=False, persistent=False, parts=1) if self.tma else self
+
+
+def _tma(bm: int, bn: int, bk: int, warps: int, stages: int, parts: int = 0) -> Schedule:
+    """Read by tensor descriptors; with `parts` persistent, too."""
+    return Schedule(bm, bn, bk, warps, stages, True, parts > 0, max(parts, 1))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A schedule for up to `m` rows, `n` columns and `k` terms."""
+
+    m: int
+    n: int
+    k: int
+    schedule: Schedule
 
 
 PART = 32  # pinned: terms of one chain of an "ieee" matmul, so its bk
+MANY = 1 << 62
+WIDE = 8192  # columns that fill a device with few rows of tiles
 
-#: kind -> ((largest M, schedule), ...)
-TABLE = {
-    "half": (
-        (16, Schedule(16, 32, 256, 4, 4)),
-        (32, Schedule(32, 32, 128, 4, 4)),
-        (64, Schedule(64, 32, 128, 4, 4)),
-        (256, Schedule(64, 64, 128, 4, 3)),
-        (1024, Schedule(128, 64, 64, 4, 4)),
-        (1 << 62, Schedule(128, 128, 64, 8, 3)),
+#: (kind, compute capability or "any") -> entries. "pair": two products that share their left side,
+#: a tile of each.
+TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
+    ("half", "9.0"): (
+        Entry(16, WIDE, WIDE, _tma(16, 64, 256, 4, 4)),
+        Entry(16, WIDE, MANY, _tma(16, 32, 512, 4, 4)),
+        Entry(16, MANY, MANY, Schedule(16, 32, 256, 4, 4)),
+        Entry(32, WIDE, MANY, _tma(32, 32, 256, 4, 5)),
+        Entry(32, MANY, MANY, _tma(32, 64, 128, 4, 4)),
+        Entry(64, MANY, MANY, _tma(64, 64, 128, 4, 4)),
+        Entry(128, WIDE, MANY, _tma(64, 64, 128, 4, 5)),
+        Entry(128, MANY, MANY, _tma(128, 128, 64, 8, 5, 1)),
+        Entry(512, WIDE, MANY, _tma(128, 64, 64, 4, 6)),
+        Entry(512, MANY, MANY, _tma(128, 128, 64, 8, 5, 1)),
+        Entry(MANY, MANY, MANY, _tma(128, 256, 64, 8, 3, 2)),
     ),
-    "tf32": (
-        (16, Schedule(16, 16, 128, 2, 4)),
-        (64, Schedule(64, 32, 64, 4, 4)),
-        (256, Schedule(64, 64, 32, 4, 4)),
-        (1 << 62, Schedule(128, 128, 32, 4, 3)),
+    ("half pair", "9.0"): (
+        Entry(16, MANY, MANY, Schedule(16, 16, 256, 4, 4)),
+        Entry(32, MANY, MANY, _tma(32, 32, 128, 4, 4)),
+        Entry(64, MANY, MANY, _tma(64, 64, 64, 4, 4)),
+        Entry(MANY, MANY, MANY, _tma(128, 128, 64, 8, 3, 1)),
     ),
-    "ieee": (
-        (1, Schedule(1, 32, 32, 1, 6)),
-        (8, Schedule(4, 32, 32, 2, 5)),
-        (128, Schedule(16, 32, 32, 2, 5)),
-        (1024, Schedule(64, 64, 32, 4, 3)),
-        (1 << 62, Schedule(128, 128, 32, 8, 3)),
+    ("half", "any"): (
+        Entry(16, MANY, MANY, Schedule(16, 32, 256, 4, 4)),
+        Entry(32, MANY, MANY, Schedule(32, 32, 128, 4, 4)),
+        Entry(64, MANY, MANY, Schedule(64, 32, 128, 4, 4)),
+        Entry(256, MANY, MANY, Schedule(64, 64, 128, 4, 3)),
+        Entry(1024, MANY, MANY, Schedule(128, 64, 64, 4, 4)),
+        Entry(MANY, MANY, MANY, Schedule(128, 128, 64, 8, 3)),
+    ),
+    ("half pair", "any"): (
+        Entry(16, MANY, MANY, Schedule(16, 16, 256, 4, 4)),
+        Entry(64, MANY, MANY, Schedule(32, 32, 128, 4, 3)),
+        Entry(MANY, MANY, MANY, Schedule(64, 64, 64, 4, 3)),
+    ),
+    ("tf32", "any"): (
+        Entry(16, MANY, MANY, Schedule(16, 16, 128, 2, 4)),
+        Entry(64, MANY, MANY, Schedule(64, 32, 64, 4, 4)),
+        Entry(256, MANY, MANY, Schedule(64, 64, 32, 4, 4)),
+        Entry(MANY, MANY, MANY, Schedule(128, 128, 32, 8, 3)),
+    ),
+    ("tf32 pair", "any"): (
+        Entry(16, MANY, MANY, Schedule(16, 16, 64, 2, 4)),
+        Entry(MANY, MANY, MANY, Schedule(64, 64, 32, 4, 3)),
+    ),
+    ("ieee", "any"): (
+        Entry(1, MANY, MANY, Schedule(1, 32, 32, 1, 6)),
+        Entry(8, MANY, MANY, Schedule(4, 32, 32, 2, 5)),
+        Entry(128, MANY, MANY, Schedule(16, 32, 32, 2, 5)),
+        Entry(1024, MANY, MANY, Schedule(64, 64, 32, 4, 3)),
+        Entry(MANY, MANY, MANY, Schedule(128, 128, 32, 8, 3)),
+    ),
+    ("ieee pair", "any"): (
+        Entry(8, MANY, MANY, Schedule(4, 32, 32, 2, 4)),
+        Entry(MANY, MANY, MANY, Schedule(32, 32, 32, 4, 3)),
     ),
 }
 
 
-def schedule(kind: str, m: int) -> Schedule:
-    """The schedule for m rows."""
-    return next(s for top, s in TABLE[kind] if m <= top)
+def table(kind: str, capability: str) -> tuple[Entry, ...]:
+    """The entries for a kind on a device."""
+    return TABLE.get((kind, capability)) or TABLE[kind, "any"]
 
 
-def schedules(kind: str) -> tuple[Schedule, ...]:
-    """Every schedule of a kind (one bit class)."""
-    return tuple(s for _, s in TABLE[kind])
+@functools.cache
+def schedule(kind: str, capability: str, m: int, n: int, k: int) -> Schedule:
+    """The schedule for m rows, n columns and k terms."""
+    entries = table(kind, capability)
+    return next(e.schedule for e in entries if m <= e.m and n <= e.n and k <= e.k)
+
+
+def schedules(kind: str, capability: str) -> tuple[Schedule, ...]:
+    """Every schedule of a kind that runs on a device (one bit class)."""
+    entries = (*table(kind, capability), *table(kind, "any"))
+    found = [s for e in entries for s in (e.schedule, e.schedule.with_pointers())]
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,178 @@
+"""Triton device functions of matmul: one chain over K per output element, and what follows it.
+
+fp32 in full precision ("ieee") sums chains of PART terms, one after the other: a chain of thousands
+is less accurate than what PyTorch calls.
+"""
+
+import triton
+import triton.language as tl
+
+from bicompile.kernels.common.trees import INTERPRET, exp
+
+GROUP = tl.constexpr(8)  # rows of tiles that share their columns in L2
+
+
+@triton.jit
+def tile_of(tile, num_m, num_n):
+    """Tile number -> (tile row, tile column), GROUP rows of tiles at a time."""
+    per = GROUP * num_n
+    first = tile // per * GROUP
+    size = tl.minimum(num_m - first, GROUP)
+    return first + tile % per % size, tile % per // size
+
+
+@triton.jit
+def _tf32(x):
+    """fp32 rounded to nearest in tf32; the tensor cores would cut it off."""
+    if not INTERPRET:
+        x = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
+    return x
+
+
+@triton.jit
+def _add_dot(x, y, acc, KIND: tl.constexpr):
+    """acc + x @ y. ieee: a chain of its own for BK terms, then one sum: fewer large roundings."""
+    if KIND == "ieee":
+        part = tl.dot(x, y, input_precision="ieee")
+        acc = tl.math.fma(part, tl.full(part.shape, 1.0, tl.float32), acc)  # "+" becomes one chain
+    elif KIND == "tf32":
+        acc = tl.dot(_tf32(x), _tf32(y), acc, input_precision="tf32")
+    else:
+        acc = tl.dot(x, y, acc)
+    return acc
+
+
+@triton.jit
+def chain(
+    A, B, B2, m0, n0, M, N, K, sam, sak, sbk, sbn,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
+    KIND: tl.constexpr, TWO: tl.constexpr,
+):  # fmt: skip
+    """A @ B of the tile at (m0, n0), and with TWO also A @ B2: K in rising order from +0.
+
+    What lies outside the matrices adds 0 * 0.
+    """
+    rm = m0 + tl.arange(0, BM)
+    rn = n0 + tl.arange(0, BN)
+    rk = tl.arange(0, BK)
+    a = A + rm.to(tl.int64)[:, None] * sam + rk.to(tl.int64)[None, :] * sak
+    at = rk.to(tl.int64)[:, None] * sbk + rn.to(tl.int64)[None, :] * sbn
+    b = B + at
+    b2 = B2 + at
+    step_a = tl.full([], BK, tl.int64) * sak
+    step_b = tl.full([], BK, tl.int64) * sbk
+    in_m = rm[:, None] < M
+    in_n = rn[None, :] < N
+    acc = tl.zeros([BM, BN], tl.float32)
+    acc2 = acc
+    for k in tl.range(0, K, BK):
+        if EVEN_K:
+            in_a = in_m
+            in_b = in_n
+        else:
+            in_a = in_m & (rk[None, :] < K - k)
+            in_b = in_n & (rk[:, None] < K - k)
+        x = tl.load(a, mask=in_a, other=0.0)
+        acc = _add_dot(x, tl.load(b, mask=in_b, other=0.0), acc, KIND)
+        if TWO:
+            acc2 = _add_dot(x, tl.load(b2, mask=in_b, other=0.0), acc2, KIND)
+            b2 += step_b
+        a += step_a
+        b += step_b
+    return acc, acc2
+
+
+@triton.jit
+def chain_of_blocks(
+    A, B, B2, m0, n0, K,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ALONG_K: tl.constexpr,
+    TWO: tl.constexpr,
+):  # fmt: skip
+    """The same through tensor descriptors, whose blocks are 0 outside the matrices.
+
+    ALONG_K: B lies as [N, K] in memory.
+    """
+    acc = tl.zeros([BM, BN], tl.float32)
+    acc2 = acc
+    for k in tl.range(0, K, BK):
+        x = A.load([m0, k])
+        acc = tl.dot(x, _block(B, k, n0, ALONG_K), acc)
+        if TWO:
+            acc2 = tl.dot(x, _block(B2, k, n0, ALONG_K), acc2)
+    return acc, acc2
+
+
+@triton.jit
+def _block(B, k, n0, ALONG_K: tl.constexpr):
+    """[BK, BN] of B at (k, n0)."""
+    if ALONG_K:
+        y = B.load([n0, k]).T
+    else:
+        y = B.load([k, n0])
+    return y
+
+
+@triton.jit
+def finish(
+    y, y2, C, m0, n0, M, N, scm, scn, beta, alpha,
+    END: tl.constexpr, TYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """What follows the chain; every op that was fused rounds as it does alone.
+
+    "scale": alpha * y. "addmm": alpha * y + beta * C, rounded once. "add": y, rounded, + C.
+    "swiglu": silu(y) * y2, as x / (1 + exp(-x)).
+    """
+    if END == "scale":
+        y = y * alpha
+    elif END == "addmm":
+        y = y * alpha + _added(C, m0, n0, M, N, scm, scn, BM, BN) * beta
+    elif END == "add":
+        y = y.to(TYPE).to(tl.float32) + _added(C, m0, n0, M, N, scm, scn, BM, BN)
+    elif END == "swiglu":
+        gate = y.to(TYPE).to(tl.float32)
+        gate = tl.div_rn(gate, exp(-gate) + 1.0).to(TYPE).to(tl.float32)
+        y = gate * y2.to(TYPE).to(tl.float32)
+    return y.to(TYPE)
+
+
+@triton.jit
+def _added(C, m0, n0, M, N, scm, scn, BM: tl.constexpr, BN: tl.constexpr):
+    """A tile of what is added, [BM, BN]."""
+    row = (m0 + tl.arange(0, BM)).to(tl.int64)[:, None]
+    column = (n0 + tl.arange(0, BN)).to(tl.int64)[None, :]
+    inside = (row < M) & (column < N)
+    return tl.load(C + row * scm + column * scn, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def put(
+    y, y2, C, Y, m0, n0, M, N, scm, scn, beta, alpha,
+    END: tl.constexpr, TYPE: tl.constexpr, TMA: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Finish and store a tile, in PARTS column parts: less shared memory, so one more stage."""
+    if PARTS > 1:
+        left, right = _halves(y, BM, BN)
+        left2, right2 = _halves(y2, BM, BN)
+        put(
+            left, left2, C, Y, m0, n0, M, N, scm, scn, beta, alpha,
+            END, TYPE, TMA, PARTS // 2, BM, BN // 2,
+        )  # fmt: skip
+        put(
+            right, right2, C, Y, m0, n0 + BN // 2, M, N, scm, scn, beta, alpha,
+            END, TYPE, TMA, PARTS // 2, BM, BN // 2,
+        )  # fmt: skip
+    else:
+        y = finish(y, y2, C, m0, n0, M, N, scm, scn, beta, alpha, END, TYPE, BM, BN)
+        if TMA:
+            Y.store([m0, n0], y)
+        else:
+            row = (m0 + tl.arange(0, BM)).to(tl.int64)[:, None]
+            column = (n0 + tl.arange(0, BN)).to(tl.int64)[None, :]
+            tl.store(Y + row * N + column, y, mask=(row < M) & (column < N))
+
+
+@triton.jit
+def _halves(y, BM: tl.constexpr, BN: tl.constexpr):
+    """[BM, BN] -> its left and its right half."""
+    return tl.split(tl.permute(tl.reshape(y, [BM, 2, BN // 2]), [0, 2, 1]))
