@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from bicompile import capture, inductor, native
+from bicompile import ahead, capture, inductor, native
 from bicompile.options import Options
 from bicompile.pipeline import OPTIONAL, Run, run_pipeline
 from bicompile.report import REPORTS, Report, digest
@@ -70,7 +70,8 @@ def _compile(
         run = Run(options, report, **kinds)
         run_pipeline(gm, run)
         report.save(folder)
-        return inductor.compile_inner(gm, inputs, **kwargs)
+        with ahead.kernels_built(gm):
+            return inductor.compile_inner(gm, inputs, **kwargs)
 
     def compile_once(**kwargs: Any) -> Any:
         with capture.attention_whole():

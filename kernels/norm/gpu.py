@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from bicompile.kernels.common.launch import after_others
 from bicompile.kernels.common.trees import (
     BLOCK,
     block_sum,
@@ -14,7 +15,7 @@ from bicompile.kernels.common.trees import (
     rsqrt,
     strides,
 )
-from bicompile.kernels.reduce.gpu import launch, row_sum, rows_of
+from bicompile.kernels.reduce.gpu import launch_rows, row_sum, rows_of
 
 
 @triton.jit
@@ -42,9 +43,10 @@ def _affine(
 def layer_norm_kernel(
     X, W, B, Y, MEAN, RSTD, M, K, sm, sk, GROUPS, CHANNELS, SPATIAL, eps,
     HAS_W: tl.constexpr, HAS_B: tl.constexpr, ONE: tl.constexpr,
-    R: tl.constexpr, J: tl.constexpr, L: tl.constexpr,
+    R: tl.constexpr, J: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """layer_norm (one group of K channels) and group_norm (rows are sample x group)."""
+    after_others(PDL)
     r, here, row, there = rows_of(M, sm, R)
     at = positions(J, L)
     out = Y + (r * K)[:, None, None]
@@ -95,9 +97,10 @@ def _scaled(
 def rms_norm_kernel(
     X, W, Y, M, K, sm, sk, eps, offset,
     HAS_W: tl.constexpr, HAS_OFFSET: tl.constexpr, ROUND_FIRST: tl.constexpr, ONE: tl.constexpr,
-    R: tl.constexpr, J: tl.constexpr, L: tl.constexpr,
+    R: tl.constexpr, J: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The mean of the rounded squares is bit for bit what bicompile::mean gives."""
+    after_others(PDL)
     r, _, row, there = rows_of(M, sm, R)
     at = positions(J, L)
     out = Y + (r * K)[:, None, None]
@@ -133,7 +136,7 @@ def _flat(x: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Tensor:
 def _normalise(x, weight, bias, out, stats, groups, channels, spatial, eps, chosen):
     mean, rstd = (torch.empty(stats, dtype=torch.float32, device=x.device) for _ in range(2))
     if mean.numel():
-        launch(
+        launch_rows(
             layer_norm_kernel, x, _flat(weight, x), _flat(bias, x), out, mean, rstd,
             *x.shape, *strides(x), groups, channels, spatial, float(eps),
             HAS_W=weight is not None, HAS_B=bias is not None, ONE=x.shape[1] <= BLOCK,
@@ -164,7 +167,7 @@ def rms_norm(input, normalized_ndim, weight, eps, offset, round_first, chosen=No
     x, _ = _split(input, normalized_ndim)
     out = torch.empty(input.shape, dtype=input.dtype, device=input.device)
     if out.numel():
-        launch(
+        launch_rows(
             rms_norm_kernel, x, _flat(weight, x), out, *x.shape, *strides(x), float(eps),
             float(offset), HAS_W=weight is not None, HAS_OFFSET=offset != 0,
             ROUND_FIRST=bool(round_first), ONE=x.shape[1] <= BLOCK, chosen=chosen,

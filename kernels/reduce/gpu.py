@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from bicompile.kernels.common.launch import after_others, launch
 from bicompile.kernels.common.trees import (
-    OPTIONS,
     block_max,
     exp,
     fold_rows,
@@ -111,9 +111,10 @@ def rows_of(M, stride, R: tl.constexpr):
 @triton.jit(do_not_specialize=["M"])
 def reduce_kernel(
     X, Y, M, K, sm, sk, p,
-    OP: tl.constexpr, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr,
+    OP: tl.constexpr, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """sum, mean, prod and the norms."""
+    after_others(PDL)
     r, here, row, there = rows_of(M, sm, R)
     if OP == "absmax" or OP == "absmin":
         y = row_extreme(X, row, there, K, sk, OP, R, J, L)
@@ -131,9 +132,10 @@ def reduce_kernel(
 @triton.jit(do_not_specialize=["M"])
 def var_kernel(
     X, Y, MEAN, M, K, sm, sk, correction,
-    ROOT: tl.constexpr, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr,
+    ROOT: tl.constexpr, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Two passes: the mean, then the mean of the squared deviations from it."""
+    after_others(PDL)
     r, here, row, there = rows_of(M, sm, R)
     mean = row_sum(X, row, there, K, sk, 0.0, 0.0, "sum", R, J, L) / K
     shift = mean[:, None, None]
@@ -146,8 +148,11 @@ def var_kernel(
 
 
 @triton.jit(do_not_specialize=["M"])
-def logsumexp_kernel(X, Y, M, K, sm, sk, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr):
+def logsumexp_kernel(
+    X, Y, M, K, sm, sk, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr
+):
     """log(sum(exp(x - max))) + max; an infinite maximum shifts nothing."""
+    after_others(PDL)
     r, here, row, there = rows_of(M, sm, R)
     top = row_extreme(X, row, there, K, sk, "max", R, J, L)
     top = tl.where(tl.abs(top) == float("inf"), 0.0, top)
@@ -170,15 +175,13 @@ def _out(self, dim, keepdim, dtype, shape):
     return torch.empty(shape, dtype=dtype, device=self.device)
 
 
-def launch(kernel, x, *args, chosen=None, **constants):
+def launch_rows(kernel, x, *args, chosen=None, **constants):
     """Run a row kernel over x [M, K] on the table's (or the chosen) schedule."""
     m, k = x.shape
     j, lanes = row_shape(k)
     s = chosen or schedule(m, k, j * lanes)
-    grid = (triton.cdiv(m, s.rows),)
-    kernel[grid](
-        x, *args, **constants, R=s.rows, J=j, L=lanes, num_warps=s.warps, **OPTIONS
-    )  # fmt: skip
+    programs = triton.cdiv(m, s.rows)
+    launch(kernel, programs, x, *args, **constants, R=s.rows, J=j, L=lanes, num_warps=s.warps)
 
 
 def _reduce(self, dim, keepdim, dtype, op, p=0.0, chosen=None):
@@ -187,7 +190,7 @@ def _reduce(self, dim, keepdim, dtype, op, p=0.0, chosen=None):
     if x.shape[1] == 0 and op in ("absmax", "absmin"):
         return out.zero_()
     if out.numel():
-        launch(reduce_kernel, x, out, *x.shape, *strides(x), float(p), OP=op, chosen=chosen)
+        launch_rows(reduce_kernel, x, out, *x.shape, *strides(x), float(p), OP=op, chosen=chosen)
     return out
 
 
@@ -215,7 +218,7 @@ def _var(self, dim, correction, keepdim, root=False, chosen=None):
     x, shape = as_rows(self, dim)
     out, average = (_out(self, dim, keepdim, self.dtype, shape) for _ in range(2))
     if out.numel():
-        launch(
+        launch_rows(
             var_kernel, x, out, average, *x.shape, *strides(x), float(correction), ROOT=root,
             chosen=chosen,
         )  # fmt: skip
@@ -238,5 +241,5 @@ def logsumexp(self, dim, keepdim, chosen=None):
     x, shape = as_rows(self, dim)
     out = _out(self, dim, keepdim, self.dtype, shape)
     if out.numel():
-        launch(logsumexp_kernel, x, out, *x.shape, *strides(x), chosen=chosen)
+        launch_rows(logsumexp_kernel, x, out, *x.shape, *strides(x), chosen=chosen)
     return out

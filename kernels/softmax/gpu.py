@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from bicompile.kernels.common.launch import after_others
 from bicompile.kernels.common.trees import (
     BLOCK,
     block_max,
@@ -14,7 +15,7 @@ from bicompile.kernels.common.trees import (
     positions,
     strides,
 )
-from bicompile.kernels.reduce.gpu import launch, row_extreme, row_sum, rows_of
+from bicompile.kernels.reduce.gpu import launch_rows, row_extreme, row_sum, rows_of
 
 
 @triton.jit
@@ -32,8 +33,10 @@ def _result(x, top, total, LOG: tl.constexpr):
 def softmax_kernel(
     X, Y, M, K, sm, sk,
     LOG: tl.constexpr, ONE: tl.constexpr, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """R rows. ONE: a row is one block and stays in registers."""
+    after_others(PDL)
     r, _, row, there = rows_of(M, sm, R)
     at = positions(J, L)
     out = Y + (r * K)[:, None, None]
@@ -64,7 +67,7 @@ def _softmax(self, dim, dtype, is_log, chosen=None):
     if out.numel():
         rows = x.reshape(-1, k)
         one = k <= BLOCK
-        launch(
+        launch_rows(
             softmax_kernel, rows, out, *rows.shape, *strides(rows), LOG=is_log, ONE=one,
             chosen=chosen,
         )  # fmt: skip

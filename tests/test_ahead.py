@@ -1,0 +1,91 @@
+"""Kernels that are built before the first call: which, and that nothing runs meanwhile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rewriting import rewrite, x
+
+from bicompile import ahead
+
+pytest.importorskip("triton")
+from bicompile.kernels.common import launch as launching
+from bicompile.kernels.matmul import gpu as matmul
+from bicompile.kernels.matmul.schedules import table
+from bicompile.kernels.reduce import gpu as reduce
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """What is asked for, on an imagined device."""
+    asked = []
+
+    def launch(kernel, grid, *args, **options):
+        assert all(a.is_meta for a in args if isinstance(a, torch.Tensor))
+        asked.append((kernel.__name__, options))
+
+    monkeypatch.setattr(matmul, "launch", launch)
+    monkeypatch.setattr(reduce, "launch", launch)
+    monkeypatch.setattr(launching, "capability", lambda device: "9.0")
+    monkeypatch.setattr(matmul, "capability", lambda device: "9.0")
+    monkeypatch.setattr(matmul, "processors", lambda device: 132)
+    return asked
+
+
+def mlp(t, w, v):
+    return torch.nn.functional.rms_norm(torch.relu(t @ w), (32,)) @ v
+
+
+def nodes(gm):
+    return [n for n in gm.graph.nodes if getattr(n.target, "namespace", "") == "bicompile"]
+
+
+def test_every_schedule_of_a_varying_size(built):
+    torch._dynamo.reset()
+    t = x(6, 64, dtype=torch.bfloat16)
+    torch._dynamo.mark_dynamic(t, 0)
+    gm, _, _, _ = rewrite(mlp, t, x(64, 32).bfloat16(), x(32, 16384).bfloat16())
+    for node in nodes(gm):
+        ahead.build(node)
+    tiles = {(o["BM"], o["BN"], o["BK"]) for name, o in built if name != "rms_norm_kernel"}
+    for n, k in ((32, 64), (16384, 32)):
+        entries = [e for e in table("half", "9.0") if n <= e.n and k <= e.k]
+        assert {(e.schedule.bm, e.schedule.bn, e.schedule.bk) for e in entries[:1]} <= tiles
+    assert len(tiles) >= 7
+    assert {o["num_warps"] for name, o in built if name == "rms_norm_kernel"} == {1, 4}
+
+
+def test_known_sizes_are_built_once(built):
+    torch._dynamo.reset()
+    args = x(6, 64), x(64, 32), x(32, 8)
+    gm, _, _, _ = rewrite(mlp, *args)
+    for node in nodes(gm):
+        ahead.build(node)
+    assert len(built) == 3
+
+
+def test_nothing_to_do_on_a_cpu():
+    torch._dynamo.reset()
+    gm, _, _, _ = rewrite(mlp, x(6, 64), x(64, 32), x(32, 8))
+    with ahead.kernels_built(gm):
+        pass
+
+
+@pytest.mark.gpu
+def test_no_kernel_is_built_after_compilation():
+    """Other numbers of rows find their kernels."""
+    from triton import knobs
+
+    torch._dynamo.reset()
+    t, w, v = (a.cuda().bfloat16() for a in (x(6, 64), x(64, 32), x(32, 4096)))
+    compiled = torch.compile(mlp, backend="batch_invariant", dynamic=True)
+    with torch.no_grad():
+        compiled(t, w, v)
+        seen = []
+        knobs.runtime.jit_post_compile_hook = lambda **kwargs: seen.append(kwargs["fn"].name)
+        try:
+            for rows in (2, 3, 17, 40, 100, 300, 3000):
+                compiled(x(rows, 64).cuda().bfloat16(), w, v)
+        finally:
+            knobs.runtime.jit_post_compile_hook = None
+    assert seen == []
