@@ -54,7 +54,8 @@ class Case:
     """One form in which an op is called.
 
     Args:
-        signature: ``"x: M K, w?: K -> M K, M"``; ``?`` marks a tensor that may be None.
+        signature: ``"x: M K, w?: K -> M K, M 1"``; ``?`` marks a tensor that may be None, ``1`` an
+            axis of size one.
         params: the other arguments, by name, as they are passed to the op; a `dtype` of None stands
             for the dtype of the inputs.
         masks: names of the tensors that say which elements are visible (boolean or additive).
@@ -85,7 +86,7 @@ class Case:
         return tuple(
             a
             for a in self.axes
-            if ROLES[a[0]] is Role.ROW and all(a in out for out in self.outputs)
+            if a != "1" and ROLES[a[0]] is Role.ROW and all(a in out for out in self.outputs)
         )
 
     @cached_property
@@ -101,7 +102,7 @@ def _parse(part: str) -> TensorArg:
     name = name.strip()
     if not colon or not name:
         raise RegistrationError(name=part.strip(), reason="an input reads 'name: AXES'")
-    unknown = [a for a in axes.split() if a[0] not in ROLES]
+    unknown = [a for a in axes.split() if a != "1" and a[0] not in ROLES]
     if unknown:
         raise RegistrationError(name=name, reason=f"unknown axis letters {unknown}")
     return TensorArg(name.removesuffix("?"), tuple(axes.split()), name.endswith("?"))

@@ -22,6 +22,8 @@ float16. The order of summation is part of the promise.
 |---|---|---|---|---|
 """
 
+FUSED = "several ops, joined by the pass `fuse`"
+
 
 def render() -> str:
     """The text of docs/ops.md."""
@@ -32,7 +34,7 @@ def render() -> str:
             places[rule.kernel.name].append(f"`{target}`")
     places["sdpa"].append("`aten.scaled_dot_product_attention` in every form")
     rows = [
-        f"| {k.family} | `{k.name}` | {', '.join(places[k.name])} "
+        f"| {k.family} | `{k.name}` | {', '.join(places[k.name]) or FUSED} "
         f"| `{k.contract.cases[0].signature}` | {k.order} |"
         for k in sorted(kernels.values(), key=lambda k: (k.family, k.name))
     ]

@@ -1,4 +1,6 @@
-"""Fusions into wider ops of ours that change no bit; those of products are in `fuse_matmul`.
+"""Fusions into wider ops of ours that change no bit.
+
+Those of products are in `fuse_matmul`, those of rotary embeddings in `fuse_rope`.
 
 `fuse_rms_norm`: transformers write RMSNorm by hand. ::
 
@@ -30,6 +32,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bicompile.graph import Emit, value
 from bicompile.passes.fuse_matmul import fuse_matmul
+from bicompile.passes.fuse_rope import fuse_rope
 from bicompile.registry import KERNELS
 
 aten = torch.ops.aten
@@ -42,6 +45,7 @@ def fuse(gm: GraphModule, *, run) -> None:
     """All sub-passes in order."""
     fuse_rms_norm(gm, run=run)
     fuse_matmul(gm, run=run)
+    fuse_rope(gm, run=run)
 
 
 @dataclass(frozen=True)

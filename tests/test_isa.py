@@ -13,9 +13,9 @@ import torch
 
 from bicompile import native, registry, testing
 
-AXES = ("M", "N", "N1", "N2", "K", "K1", "K2", "B", "H", "Q", "S", "D", "C", "G")
-SMALL = (5, 7, 3, 6, 45, 5, 9, 2, 4, 3, 70, 24, 3, 2)
-LARGE = (37, 50, 17, 40, 64, 4, 16, 2, 2, 19, 33, 16, 2, 1)
+AXES = ("M", "N", "N1", "N2", "K", "K1", "K2", "B", "H", "H1", "Q", "S", "D", "C", "G")
+SMALL = (5, 7, 3, 6, 45, 5, 9, 2, 4, 3, 3, 70, 24, 3, 2)
+LARGE = (37, 50, 17, 40, 64, 4, 16, 2, 2, 1, 19, 33, 16, 2, 1)
 SIZES = [dict(zip(AXES, sizes, strict=True)) for sizes in (SMALL, LARGE)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -1,22 +1,9 @@
 // layer_norm, rms_norm and group_norm, in the order of kernels/norm.
 #include "../common/tensor.h"
-#include "../common/wide.h"
+#include "rows.h"
 
 namespace bic::simd {
 namespace {
-
-// Calls f(k, n) for each block of n <= 16 elements; whole blocks with the constant 16.
-template <class F>
-BIC_INLINE void blocks(int64_t K, const F& f) {
-  int64_t k = 0;
-  for (; k + W <= K; k += W) f(k, W);
-  if (k < K) f(k, K - k);
-}
-
-template <class T>
-BIC_INLINE f32x16 load_block(const T* p, int64_t n) { return n == W ? load(p) : load(p, n); }
-template <class T>
-BIC_INLINE void store_block(T* p, f32x16 v, int64_t n) { n == W ? store(p, v) : store(p, v, n); }
 
 struct Moments {
   double mean, rstd;
@@ -108,24 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input, int64_t ndim,
   return {out, mean, rstd};
 }
 
-// ---- rms_norm: the roundings of x.float().pow(2).mean(-1), + eps, rsqrt, x * r, weight
-
-template <class T>
-void rms_norm_row(const T* x, int64_t K, float eps, const float* weight, float offset,
-                  bool round_first, T* out) {
-  const double sum = lane_sum(x, K, [](f64x16 acc, f32x16 v) { return acc + wide(v * v); });
-  const float mean = (float)(sum / K);
-  const f32x16 r = splat(1.f / std::sqrt(mean + eps)), add = splat(offset);
-  blocks(K, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
-    f32x16 y = load_block(x + k, n) * r;
-    if (weight) {
-      f32x16 w = load_block(weight + k, n);
-      if (offset != 0.f) w = add + w;
-      y = round_first ? rounded(y, T{}) * (offset != 0.f ? rounded(w, T{}) : w) : y * w;
-    }
-    store_block(out + k, y, n);
-  });
-}
+// ---- rms_norm
 
 Tensor rms_norm(const Tensor& input, int64_t ndim, std::optional<Tensor> weight, double eps,
                 double offset, bool round_first) {

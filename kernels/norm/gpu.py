@@ -76,7 +76,7 @@ def layer_norm_kernel(
 
 
 @triton.jit
-def _scaled(
+def scaled(
     x, r, W, k, mask, offset,
     HAS_W: tl.constexpr, HAS_OFFSET: tl.constexpr, ROUND_FIRST: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
@@ -115,9 +115,7 @@ def rms_norm_kernel(
         mask = there & (k < K)
         if not ONE:
             x = load_terms(X, row, there, k, K, sk, 0.0)
-        y = _scaled(
-            x, scale, W, k, mask, offset, HAS_W, HAS_OFFSET, ROUND_FIRST, Y.dtype.element_ty
-        )
+        y = scaled(x, scale, W, k, mask, offset, HAS_W, HAS_OFFSET, ROUND_FIRST, Y.dtype.element_ty)
         tl.store(out + k, y, mask=mask)
 
 
