@@ -46,7 +46,16 @@ class Subject:
                 position_ids=positions,
                 **kwargs,
             )
-        return output.logits
+        return output.logits.clone()  # a CUDA graph writes its next result to the same place
+
+    def static_cache(self, batch, slots):
+        """A static cache that exists before the first call, as CUDA graphs need it."""
+        config = self.config
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        cache = StaticCache(config=config, max_cache_len=slots)
+        heads = config.num_key_value_heads
+        cache.early_initialization(batch, heads, size, self.dtype, torch.device(self.device))
+        return cache
 
     def pieces(self, x, chunks, cache):
         """Logits of `x`, computed chunk by chunk into `cache`."""
