@@ -99,7 +99,7 @@ def race(op: str, columns: int, terms: int, rows: int) -> Found:
     expected = bits(_first(launch(*operands[0], False, chosen=entry)))
     seconds: dict[str, float] = {}
     other: list[str] = []
-    for s in track(tried, f"{op} {rows}", Console(file=sys.stderr), transient=True):
+    for s in track(tried, f"{op} {rows}", console=Console(file=sys.stderr), transient=True):
         try:
             same = torch.equal(bits(_first(launch(*operands[0], False, chosen=s))), expected)
         except Exception as error:  # too much shared memory, or too many registers
