@@ -195,6 +195,17 @@ class NetworkUnavailable(BicompileError):
     next = "check the connection or pip's index settings, or name a local model with --model FOLDER"
 
 
+class DamagedCertificate(BicompileError):
+    """A certificate of GPU schedules is not the file that `bicompile verify` wrote."""
+
+    what = "the certificate {file} is refused: {reason}"
+    accepts = "a file as `bicompile verify` wrote it, under its own name"
+    next = (
+        "remove the file: the kernels then run on one schedule for all sizes; `bicompile verify` "
+        "writes it anew (a file of the package: reinstall bicompile)"
+    )
+
+
 class RegistrationError(BicompileError):
     """A kernel, rule or contract is not consistent; for those who add ops."""
 

@@ -12,6 +12,8 @@ import hypothesis
 import pytest
 import torch
 
+from bicompile import certificate
+
 hypothesis.settings.register_profile("dev", max_examples=10, deadline=None)
 hypothesis.settings.register_profile(
     "ci", max_examples=10, deadline=None, derandomize=True, database=None
@@ -47,3 +49,19 @@ def _fresh_dynamo(request):
     """No compiled function of one test serves another."""
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def whole_table(monkeypatch):
+    """Every schedule of the tables is used, certified or not."""
+    monkeypatch.setattr(certificate, "permits", lambda *_: True)
+
+
+@pytest.fixture
+def own_certificates(tmp_path, monkeypatch):
+    """An empty folder for certificates; no others count."""
+    for name, folder in (("USER", "user"), ("PACKAGED", "packaged")):
+        monkeypatch.setattr(certificate, name, tmp_path / folder)
+    certificate.forget()
+    yield tmp_path / "user"
+    certificate.forget()

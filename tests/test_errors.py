@@ -182,6 +182,10 @@ TEXTS = {
     errors.ModelNotFound: ({"model": "x/y", "reason": "no such folder"}, "x/y: no such folder"),
     errors.HashMismatch: ({"file": "m", "expected": "a", "actual": "b"}, "expected: sha256 a"),
     errors.NetworkUnavailable: ({"model": "m", "output": "timed out"}, "cannot download m"),
+    errors.DamagedCertificate: (
+        {"file": "h100.json", "reason": "it is cut off"},
+        "the certificate h100.json is refused: it is cut off",
+    ),
     errors.RegistrationError: ({"name": "mm", "reason": "taken"}, "cannot register mm: taken"),
 }
 

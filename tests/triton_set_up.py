@@ -40,12 +40,17 @@ BATCHES = (2,) if INTERPRET else (1, 2, 3, 5, 8, 17, 32)
 INF, NAN = float("inf"), float("nan")
 
 
-def law(test):
+def on_device(test):
     """A test for the device, or for the interpreter inside `test_triton_interpreter`."""
     if INTERPRET:
         return test
     absent = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
     return pytest.mark.gpu(absent(test))
+
+
+def law(test):
+    """The same, on the schedules that the tables name, certified or not."""
+    return pytest.mark.usefixtures("whole_table")(on_device(test))
 
 
 real_dot = pytest.mark.skipif(INTERPRET, reason="the interpreter's dot is a stand-in")

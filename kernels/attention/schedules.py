@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from bicompile.certificate import choose
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -24,21 +26,45 @@ TABLE = {
     (4, 256): (Schedule(16, 8, 1),),
 }
 
+#: The same keys -> the schedule that serves any number of rows: used where the others are not
+#: certified.
+SINGLE = {
+    (2, 64): Schedule(64, 4, 3),
+    (2, 128): Schedule(64, 4, 2),
+    (2, 256): Schedule(64, 8, 1),
+    (4, 64): Schedule(32, 4, 2),
+    (4, 128): Schedule(32, 4, 1),
+    (4, 256): Schedule(16, 8, 1),
+}
+
 PROGRAMS = 264  # fewer programs than this leave the device idle: split the keys
 SCRATCH = 64 << 20  # bytes that a split may take
 
 
+def key(size: int, head: int) -> tuple[int, int]:
+    """The key of the tables for elements of `size` bytes and a padded head size."""
+    head = max(head, 64)
+    return (size, head) if (size, head) in TABLE else (size, 256)
+
+
 def schedules(size: int, head: int) -> tuple[Schedule, ...]:
     """Every schedule for elements of `size` bytes and a padded head size (one bit class)."""
-    return TABLE.get((size, max(head, 64)), TABLE[size, 256])
+    return TABLE[key(size, head)]
 
 
 def schedule(size: int, head: int, rows: int) -> Schedule:
     """The smallest tile that holds a group of `rows` rows, else the largest tile."""
-    entry = schedules(size, head)
-    return next((s for s in entry if rows <= s.rows), entry[-1])
+    at = key(size, head)
+    wanted = next((s for s in TABLE[at] if rows <= s.rows), TABLE[at][-1])
+    return choose("attention", bit_class(*at), wanted, SINGLE[at])
+
+
+def bit_class(size: int, head: int) -> str:
+    """Name of the bit class of a key."""
+    return f"{size} bytes, head {head}"
 
 
 def splits(tiles: int, chunks: int, scratch: int) -> bool:
-    """Whether each chunk of keys gets a program of its own."""
-    return chunks > 1 and tiles < PROGRAMS and scratch <= SCRATCH
+    """Whether each chunk of keys gets a program of its own (a bit class by itself)."""
+    wanted = chunks > 1 and tiles < PROGRAMS and scratch <= SCRATCH
+    return choose("attention", "split", wanted, False)

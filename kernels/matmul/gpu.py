@@ -93,11 +93,14 @@ def _kind(dtype: torch.dtype, tf32: bool) -> str:
 
 
 def _choose(kind: str, a, weights, n: int, chosen: Schedule | None) -> Schedule:
-    """The schedule for n columns of a [B, M, K] @ weights, or its twin without descriptors."""
-    _, m, k = a.shape
-    s = chosen or schedule(kind, capability(a.device), m, n, k)
+    """The schedule for n columns of a [B, M, K] @ weights; no weights: descriptors are not used."""
+    blocks = bool(weights) and _fits_blocks(a, weights, n)
+    if chosen is not None:
+        s = chosen if blocks else chosen.with_pointers()
+    else:
+        s = schedule(kind, capability(a.device), a.shape[1], n, a.shape[2], blocks)
     assert not kind.startswith("ieee") or s.bk == PART
-    return s if not s.tma or _fits_blocks(a, weights, n) else s.with_pointers()
+    return s
 
 
 def _fits_blocks(a, weights, n: int) -> bool:
@@ -199,7 +202,7 @@ def qkv_proj(self, q, k, v, q_bias, k_bias, v_bias, tf32, chosen=None):
         )
     columns = [w.shape[1] for w in weights]
     kind = _kind(self.dtype, tf32)
-    s = _choose(kind, self[None], (), sum(columns), chosen).with_pointers()
+    s = _choose(kind, self[None], (), sum(columns), chosen)
     out = [torch.empty((m, n), dtype=self.dtype, device=self.device) for n in columns]
     added = out if q_bias is None else [b.contiguous() for b in biases]
     tiles = triton.cdiv(m, s.bm) * sum(triton.cdiv(n, s.bn) for n in columns)

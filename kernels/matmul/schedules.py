@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
+from bicompile.certificate import choose
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -111,20 +113,36 @@ TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
 }
 
 
+#: kind -> the schedule that serves any size: used where the others are not certified.
+SINGLE = {
+    "half": Schedule(64, 64, 128, 4, 3),
+    "half pair": Schedule(64, 64, 64, 4, 3),
+    "tf32": Schedule(64, 64, 32, 4, 4),
+    "tf32 pair": Schedule(64, 64, 32, 4, 3),
+    "ieee": Schedule(16, 32, 32, 2, 5),
+    "ieee pair": Schedule(32, 32, 32, 4, 3),
+}
+
+
 def table(kind: str, capability: str) -> tuple[Entry, ...]:
     """The entries for a kind on a device."""
     return TABLE.get((kind, capability)) or TABLE[kind, "any"]
 
 
+def schedule(kind: str, capability: str, m: int, n: int, k: int, blocks: bool) -> Schedule:
+    """The schedule for m rows, n columns and k terms; `blocks`: descriptors can be used."""
+    return choose("matmul", kind, _wanted(kind, capability, m, n, k, blocks), SINGLE[kind])
+
+
 @functools.cache
-def schedule(kind: str, capability: str, m: int, n: int, k: int) -> Schedule:
-    """The schedule for m rows, n columns and k terms."""
+def _wanted(kind: str, capability: str, m: int, n: int, k: int, blocks: bool) -> Schedule:
     entries = table(kind, capability)
-    return next(e.schedule for e in entries if m <= e.m and n <= e.n and k <= e.k)
+    found = next(e.schedule for e in entries if m <= e.m and n <= e.n and k <= e.k)
+    return found if blocks else found.with_pointers()
 
 
 def schedules(kind: str, capability: str) -> tuple[Schedule, ...]:
-    """Every schedule of a kind that runs on a device (one bit class)."""
+    """Every schedule of a kind that runs on a device (one bit class), the single one first."""
     entries = (*table(kind, capability), *table(kind, "any"))
     found = [s for e in entries for s in (e.schedule, e.schedule.with_pointers())]
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys((SINGLE[kind], *found)))

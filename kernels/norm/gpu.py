@@ -138,7 +138,7 @@ def _normalise(x, weight, bias, out, stats, groups, channels, spatial, eps, chos
             layer_norm_kernel, x, _flat(weight, x), _flat(bias, x), out, mean, rstd,
             *x.shape, *strides(x), groups, channels, spatial, float(eps),
             HAS_W=weight is not None, HAS_B=bias is not None, ONE=x.shape[1] <= BLOCK,
-            chosen=chosen,
+            family="norm", chosen=chosen,
         )  # fmt: skip
     return out, mean, rstd
 
@@ -168,6 +168,6 @@ def rms_norm(input, normalized_ndim, weight, eps, offset, round_first, chosen=No
         launch_rows(
             rms_norm_kernel, x, _flat(weight, x), out, *x.shape, *strides(x), float(eps),
             float(offset), HAS_W=weight is not None, HAS_OFFSET=offset != 0,
-            ROUND_FIRST=bool(round_first), ONE=x.shape[1] <= BLOCK, chosen=chosen,
+            ROUND_FIRST=bool(round_first), ONE=x.shape[1] <= BLOCK, family="norm", chosen=chosen,
         )  # fmt: skip
     return out

@@ -69,7 +69,7 @@ def _softmax(self, dim, dtype, is_log, chosen=None):
         one = k <= BLOCK
         launch_rows(
             softmax_kernel, rows, out, *rows.shape, *strides(rows), LOG=is_log, ONE=one,
-            chosen=chosen,
+            family="softmax", chosen=chosen,
         )  # fmt: skip
     return out.movedim(-1, dim).contiguous()
 

@@ -1,0 +1,206 @@
+"""Certificates: what is refused, what is used without one, and what the user is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+import warnings
+
+import pytest
+
+pytest.importorskip("triton")
+
+from bicompile import certificate
+from bicompile.certificate import Certificate, Family, Listing, Machine, choose
+from bicompile.errors import DamagedCertificate
+from bicompile.kernels.attention import schedules as attention
+from bicompile.kernels.matmul import schedules as matmul
+from bicompile.kernels.reduce import schedules as rows
+
+H100 = Machine("NVIDIA H100 80GB HBM3", "9.0", "3.6.0", "2.11.0")
+SINGLE = matmul.SINGLE["half"]
+LISTED = matmul.TABLE["half"][0][1]
+UNLISTED = dataclasses.replace(LISTED, warps=8)
+
+
+@pytest.fixture(autouse=True)
+def h100(own_certificates, monkeypatch):
+    """This machine passes for an H100; returns its folder of certificates."""
+    monkeypatch.setattr(certificate, "_device", lambda: 0)
+    monkeypatch.setattr(Machine, "here", lambda device: H100)
+    return own_certificates
+
+
+def make(machine=H100, family="matmul", bit_class="half", sources=None):
+    listing = Listing((repr(SINGLE), repr(LISTED)), 100, "0123")
+    found = Family(sources or certificate.sources(family), {bit_class: listing})
+    return Certificate(machine, {family: found}, {"driver": "580.1"})
+
+
+def chosen(wanted=LISTED, bit_class="half"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return choose("matmul", bit_class, wanted, SINGLE)
+
+
+def test_round_trip(h100):
+    path = make().write(h100)
+    assert path.name == "nvidia-h100-80gb-hbm3-sm9.0-triton3.6.0-torch2.11.0.json"
+    assert Certificate.read(path) == make()
+
+
+def test_what_is_listed_is_used_and_nothing_else(h100, recwarn):
+    make().write(h100)
+    assert choose("matmul", "half", LISTED, SINGLE) == LISTED
+    assert choose("matmul", "half", UNLISTED, SINGLE) == SINGLE
+    assert not recwarn.list
+
+
+@pytest.mark.filterwarnings("ignore:no certificate covers")
+def test_tables_ask_the_certificate(h100):
+    assert chosen() == matmul.schedule("half", 1_000_000) == SINGLE
+    make().write(h100)
+    assert matmul.schedule("half", 1) == LISTED
+    assert matmul.schedule("half", 1_000_000) == SINGLE
+    assert rows.schedule("reduce", 1_000_000, 50, 64) == rows.TABLE[1].single
+    assert attention.schedule(2, 128, 1) == attention.SINGLE[2, 128]
+    assert attention.splits(1, 8, 1024) is False
+
+
+def test_unknown_machine_is_told_once(h100):
+    with pytest.warns(UserWarning) as told:
+        assert choose("matmul", "half", LISTED, SINGLE) == SINGLE
+        assert choose("matmul", "half", UNLISTED, SINGLE) == SINGLE
+        assert choose("reduce", "blocks", rows.LONG.many, rows.LONG.single) == rows.LONG.single
+    (text,) = {str(w.message) for w in told.list}
+    assert len(told.list) == 1
+    assert f"there is no certificate for {H100}" in text
+    assert "run `bicompile verify` on it once" in text
+
+
+def test_single_schedule_needs_no_certificate(recwarn):
+    assert choose("matmul", "half", SINGLE, SINGLE) == SINGLE
+    assert not recwarn.list
+
+
+CHANGES = {
+    "cut off": lambda text: text[: len(text) // 2],
+    "emptied": lambda text: "",
+    "no object": lambda text: "[]",
+    "a schedule added": lambda text: text.replace(repr(LISTED), repr(UNLISTED)),
+    "another source": lambda text: text.replace(certificate.sources("matmul"), "0" * 64),
+    "without checksum": lambda text: text.replace('"checksum"', '"sum"'),
+    "a note": lambda text: text.replace("580.1", "580.2"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_certificate_is_refused(h100, change):
+    path = make().write(h100)
+    text = path.read_text()
+    path.write_text(CHANGES[change](text))
+    assert path.read_text() != text
+    for _ in range(2):  # the second launch finds no way around it
+        with pytest.raises(DamagedCertificate) as caught:
+            choose("matmul", "half", LISTED, SINGLE)
+        assert f"the certificate {path} is refused" in str(caught.value)
+        assert "remove the file" in str(caught.value)
+
+
+def test_the_certificate_of_another_machine_is_refused(h100):
+    path = make(dataclasses.replace(H100, gpu="NVIDIA H200")).write(h100)
+    path.rename(h100 / H100.file)
+    with pytest.raises(DamagedCertificate, match="written for another machine: NVIDIA H200"):
+        choose("matmul", "half", LISTED, SINGLE)
+
+
+def test_a_later_format_is_refused(h100, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(certificate, "FORMAT", 2)
+        make().write(h100)
+    with pytest.raises(DamagedCertificate, match="its format is 2, not 1"):
+        choose("matmul", "half", LISTED, SINGLE)
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Machine)])
+def test_each_part_of_the_machine_counts(h100, field):
+    make(dataclasses.replace(H100, **{field: "other"})).write(h100)
+    assert chosen() == SINGLE
+    make().write(h100)
+    assert chosen() == LISTED
+
+
+def test_the_driver_does_not_count(h100):
+    dataclasses.replace(make(), notes={"driver": "999"}).write(h100)
+    assert chosen() == LISTED
+
+
+def test_a_change_of_the_sources_ends_a_certificate(h100, tmp_path, monkeypatch):
+    folder = tmp_path / "kernels"
+    for name in ("matmul/gpu.py", "matmul/schedules.py", "common/trees.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes((certificate.KERNELS / name).read_bytes())
+    before = certificate.sources("matmul")
+    monkeypatch.setattr(certificate, "KERNELS", folder)
+    certificate.forget()
+    assert certificate.sources("matmul") == before
+    make().write(h100)
+    assert chosen() == LISTED
+    for name in ("matmul/gpu.py", "matmul/schedules.py", "common/trees.py"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text + "# changed\n")
+        certificate.forget()
+        with pytest.warns(UserWarning, match="of other sources of the matmul kernels"):
+            assert choose("matmul", "half", LISTED, SINGLE) == SINGLE
+        (folder / name).write_text(text)
+
+
+def test_sources_are_what_the_kernels_import():
+    found = {}
+    certificate._collect(certificate.KERNELS / "norm" / "gpu.py", found)
+    assert {"norm/gpu.py", "reduce/gpu.py", "reduce/schedules.py", "common/trees.py"} == set(found)
+
+
+def test_a_family_or_class_that_was_not_swept_is_not_certified(h100):
+    make(family="softmax", bit_class="blocks").write(h100)
+    with pytest.warns(UserWarning, match="no certificate covers the matmul kernels"):
+        assert choose("matmul", "half", LISTED, SINGLE) == SINGLE
+    make(bit_class="ieee").write(h100)
+    with pytest.warns(UserWarning, match="does not cover matmul kernels of class half"):
+        assert choose("matmul", "half", LISTED, SINGLE) == SINGLE
+
+
+def test_what_the_user_found_comes_before_what_the_package_brings(h100):
+    make().write(certificate.PACKAGED)
+    assert chosen() == LISTED
+    alone = Listing((repr(SINGLE),), 100, "0123")
+    only = Family(certificate.sources("matmul"), {"half": alone})
+    Certificate(H100, {"matmul": only}).write(h100)
+    assert chosen() == SINGLE
+    make(sources="outdated").write(h100)
+    assert chosen() == LISTED
+
+
+def test_one_schedule_holds_for_its_thread_alone(h100):
+    make().write(h100)
+    seen = []
+    with certificate.one_schedule():
+        assert chosen() == SINGLE
+        thread = threading.Thread(target=lambda: seen.append(chosen()))
+        thread.start()
+        thread.join()
+    assert seen == [LISTED]
+    assert chosen() == LISTED
+
+
+def test_packaged_certificates_are_whole():
+    folder = certificate.Path(certificate.__file__).parent / "certificates"
+    for path in folder.glob("*.json"):
+        assert Certificate.read(path).families
+
+
+def test_checksum_covers_everything(h100):
+    path = make().write(h100)
+    content = json.loads(path.read_text())
+    assert set(content) == {"format", "machine", "families", "notes", "checksum"}
