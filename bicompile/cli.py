@@ -17,6 +17,7 @@ from bicompile.errors import BicompileError
 COMMANDS = {
     "demo": "bicompile.demo",
     "bench": "bicompile.bench",
+    "verify": "bicompile.verify",
 }
 """Subcommand -> module; the first line of the module's docstring is the help text."""
 
@@ -24,7 +25,7 @@ COMMANDS = {
 def make_parser() -> argparse.ArgumentParser:
     """Build the parser from `COMMANDS`."""
     parser = argparse.ArgumentParser(
-        prog="bicompile", description="Batch-invariant torch.compile: show it, time it."
+        prog="bicompile", description="Batch-invariant torch.compile: show it, time it, verify it."
     )
     parser.add_argument("--version", action="version", version=f"bicompile {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")

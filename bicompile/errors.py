@@ -206,6 +206,24 @@ class DamagedCertificate(BicompileError):
     )
 
 
+class GpuNotFound(BicompileError):
+    """Schedules can only be certified on the GPU that is to run them."""
+
+    what = "there is nothing to certify here: PyTorch sees no NVIDIA GPU"
+    accepts = "a machine with an NVIDIA GPU; CPU kernels need no certificate"
+    next = "run the command on the machine with the GPU, with a CUDA build of torch and a driver"
+
+
+class SweepFailed(BicompileError):
+    """A kernel did not compile, or crashed, while its schedules were swept."""
+
+    what = "the sweep stopped at {problem}\n{output}"
+    next = (
+        "report it with the text above; nothing was certified, so the kernels run on one schedule "
+        "for all sizes"
+    )
+
+
 class RegistrationError(BicompileError):
     """A kernel, rule or contract is not consistent; for those who add ops."""
 

@@ -8,10 +8,11 @@ import threading
 import warnings
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-from bicompile import certificate
+from bicompile import certificate, cli, registry, sweep, verify
 from bicompile.certificate import Certificate, Family, Listing, Machine, choose
 from bicompile.errors import DamagedCertificate
 from bicompile.kernels.attention import schedules as attention
@@ -198,6 +199,81 @@ def test_packaged_certificates_are_whole():
     folder = certificate.Path(certificate.__file__).parent / "certificates"
     for path in folder.glob("*.json"):
         assert Certificate.read(path).families
+
+
+def test_every_table_is_swept():
+    """A bit class that nobody sweeps would never be certified."""
+    swept = {
+        (c.family, c.name): {c.single, *c.others}
+        for module in verify.modules().values()
+        for c in sweep.classes(module, sweep.Depth.FULL)
+    }
+    tables = {("attention", "split"): {False, True}}
+    for kind, single in matmul.SINGLE.items():
+        tables["matmul", kind] = {single, *matmul.schedules(kind)}
+    for at, single in attention.SINGLE.items():
+        tables["attention", attention.bit_class(*at)] = {single, *attention.TABLE[at]}
+    for family in ("reduce", "softmax", "norm"):
+        for entry in (*rows.TABLE, rows.LONG):
+            tables[family, entry.name] = {entry.single, entry.many}
+    assert swept == tables
+
+
+def test_every_kernel_is_swept():
+    swept = {
+        (c.family, p.name.split()[0])
+        for module in verify.modules().values()
+        for c in sweep.classes(module, sweep.Depth.FULL)
+        for p in c.problems
+    }
+    kernels = {(k.family, k.name) for k in registry.load_all().values()}
+    assert kernels <= swept
+
+
+@pytest.mark.parametrize("family", verify.modules())
+def test_a_quick_sweep_leaves_out_no_class_and_a_full_one_no_problem_of_it(family):
+    module = verify.modules()[family]
+    quick, full = (
+        {(c.family, c.name): c for c in sweep.classes(module, depth)}
+        for depth in (sweep.Depth.QUICK, sweep.Depth.FULL)
+    )
+    assert quick.keys() == full.keys()
+    for name, bit_class in quick.items():
+        assert 0 < len(bit_class.problems) <= len(full[name].problems)
+        names = [p.name for p in full[name].problems]
+        assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("values", sweep.VALUES)
+def test_values_are_what_their_name_says(values):
+    def draw(dtype, name="x"):
+        problem = sweep.Problem(name, dtype, ((64, 512), None, (512,)), lambda x, s: None)
+        return sweep.make(problem, values, "cpu")
+
+    x, absent, w = draw(torch.bfloat16)
+    assert absent is None
+    assert x.dtype is w.dtype is torch.bfloat16
+    assert x.view(torch.int16).equal(draw(torch.bfloat16)[0].view(torch.int16)), "same every time"
+    assert not x.view(torch.int16).equal(draw(torch.bfloat16, "y")[0].view(torch.int16))
+    assert w.isfinite().all()
+    size = x.abs()[x != 0]
+    facts = {
+        "random": x.isfinite().all() and (x == 0).any(),
+        "cancelling": (size == 1024).any() and size.min() < 1 and abs(x.double().mean()) < 50,
+        "wide": size.max() / size.min() > 2.0**90,
+        "subnormal": (size < torch.finfo(x.dtype).tiny).any(),
+        "special": all(f(x).any() for f in (torch.isnan, torch.isposinf, torch.isneginf))
+        and x.isfinite().all(1).any(),
+        "ties": (x[x == 0].view(torch.int16) < 0).any() and size.max() <= 0.75,
+    }
+    assert facts[values]
+
+
+def test_the_command_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["verify"]) == 2
+    shown = capsys.readouterr().err
+    assert "GpuNotFound" in shown and "PyTorch sees no NVIDIA GPU" in shown
 
 
 def test_checksum_covers_everything(h100):

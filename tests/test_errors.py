@@ -186,6 +186,8 @@ TEXTS = {
         {"file": "h100.json", "reason": "it is cut off"},
         "the certificate h100.json is refused: it is cut off",
     ),
+    errors.GpuNotFound: ({}, "PyTorch sees no NVIDIA GPU"),
+    errors.SweepFailed: ({"problem": "mm", "output": "boom"}, "stopped at mm\nboom"),
     errors.RegistrationError: ({"name": "mm", "reason": "taken"}, "cannot register mm: taken"),
 }
 

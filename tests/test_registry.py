@@ -29,7 +29,8 @@ def test_contract_names_the_arguments_of_the_schema(kernel):
 @each_kernel
 def test_kernel_is_complete(kernel):
     folder = ROOT / "kernels" / kernel.family
-    assert {"__init__.py", "op.py", "gpu.py", "cpu.cpp"} <= {f.name for f in folder.iterdir()}
+    files = {"__init__.py", "op.py", "gpu.py", "cpu.cpp", "sweep.py"}
+    assert files <= {f.name for f in folder.iterdir()}
     assert f"def {kernel.name}(" in (folder / "gpu.py").read_text()
     assert f'"{kernel.name}"' in (folder / "cpu.cpp").read_text()
     assert kernel.order and kernel.reference.__doc__

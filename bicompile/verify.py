@@ -1,0 +1,284 @@
+"""Sweep the schedules of the GPU kernels on this machine and write its certificate."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bicompile import __version__, certificate
+from bicompile.certificate import INTERPRETED, Certificate, Family, Listing, Machine, sources
+from bicompile.errors import GpuNotFound, SweepFailed
+
+if TYPE_CHECKING:
+    from bicompile.sweep import BitClass, Depth, Difference, Outcome
+
+MEMORY_OF_A_JOB = 2 << 30
+"""Bytes of GPU memory that a process may need, its context included."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A part of a problem of a bit class, by number: what is sent to a process."""
+
+    module: str
+    depth: Depth
+    bit_class: int
+    problem: int
+    part: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a sweep found out about a bit class.
+
+    Args:
+        family, bit_class: which one.
+        single: the schedule the others were held against.
+        schedules: all that were tried.
+        outcome: what was seen.
+    """
+
+    family: str
+    bit_class: str
+    single: str
+    schedules: tuple[str, ...]
+    outcome: Outcome
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The schedules with equal bits; none where the single one disagrees with itself."""
+        out = {d.schedule for d in self.outcome.differences}
+        return () if self.single in out else tuple(s for s in self.schedules if s not in out)
+
+    @property
+    def splits(self) -> list[Difference]:
+        """The differences in bits."""
+        return [d for d in self.outcome.differences if d.runs]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    add, either = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    either("--quick", action="store_true", help="try a small part; writes no certificate")
+    either("--output", type=Path, metavar="FOLDER", help="write the certificate there")
+    add("--family", action="append", choices=sorted(modules()), help="only this one")
+    add("--jobs", type=int, metavar="N", help="processes; one per core, if memory allows")
+    add("--json", type=Path, metavar="FILE", help="write everything that was seen")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Sweep; the exit status is 1 if a schedule of the tables is not in its class."""
+    import torch
+
+    from bicompile.sweep import Depth
+
+    if not INTERPRETED and not torch.cuda.is_available():
+        raise GpuNotFound()
+    console = Console()
+    machine = Machine.here(-1 if INTERPRETED else torch.cuda.current_device())
+    depth = Depth.SMALL if INTERPRETED else Depth.QUICK if args.quick else Depth.FULL
+    folder = args.output or certificate.USER
+    kept = _kept(folder / machine.file) if args.family else {}
+    console.print(f"[dim]{escape(str(machine))}[/]")
+    chosen = [module for family, module in modules().items() if family in (args.family or [family])]
+    jobs, start = args.jobs or default_jobs(), time.perf_counter()
+    results = sweep(chosen, depth, jobs)
+    show(console, results)
+    console.print(f"{jobs} processes, {time.perf_counter() - start:.0f} s")
+    if args.json:
+        about = {"machine": dataclasses.asdict(machine), "depth": depth.value}
+        args.json.write_text(json.dumps(about | {"results": as_json(results)}, indent=1) + "\n")
+    if args.quick:
+        console.print("Nothing was written: a certificate needs the sweep without --quick.")
+    else:
+        path = certify(results, machine, kept).write(folder)
+        console.print(f"Certificate: {path}", soft_wrap=True)
+    return 1 if any(r.splits or not r.members for r in results) else 0
+
+
+def _kept(path: Path) -> Mapping[str, Family]:
+    """What a certificate says of the families that are not swept this time."""
+    return Certificate.read(path).families if path.exists() else {}
+
+
+def modules() -> dict[str, str]:
+    """The modules that declare sweeps, by family."""
+    files = sorted(certificate.KERNELS.glob("*/sweep.py"))
+    return {f.parent.name: f"bicompile.kernels.{f.parent.name}.sweep" for f in files}
+
+
+# ---------------------------------------------------------------------------------------- sweep
+
+
+def sweep(names: Sequence[str], depth: Depth, jobs: int) -> list[Result]:
+    """Run all problems of some modules, each in one of `jobs` processes that share the GPU.
+
+    Most of the time goes into compiling kernels, on cores; a process compiles and runs its own.
+
+    Raises:
+        SweepFailed: a kernel did not compile or crashed.
+    """
+    from bicompile.sweep import join
+
+    found: dict[tuple[str, int], list[Outcome]] = defaultdict(list)
+    items = [item for name in names for item in _items(name, depth)]
+    for item, outcome in zip(items, _outcomes(items, jobs), strict=True):
+        found[item.module, item.bit_class].append(outcome)
+    results = []
+    for (name, number), outcomes in found.items():
+        c = _classes(name, depth)[number]
+        schedules = tuple(map(repr, (c.single, *c.others)))
+        results.append(Result(c.family, c.name, schedules[0], schedules, join(outcomes)))
+    return results
+
+
+def _items(module: str, depth: Depth) -> Iterator[Item]:
+    for i, bit_class in enumerate(_classes(module, depth)):
+        for j, problem in enumerate(bit_class.problems):
+            for part in range(problem.parts):
+                yield Item(module, depth, i, j, part)
+
+
+def _outcomes(items: Sequence[Item], jobs: int) -> Iterator[Outcome]:
+    """The outcome of each item, in order, with a bar that lives while they come in."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    console = Console(file=sys.stderr)
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        task = progress.add_task(f"problems, {jobs} processes", total=len(items))
+        if jobs == 1:
+            for item in items:
+                yield work(item)
+                progress.advance(task)
+            return
+        context = multiprocessing.get_context("spawn")  # a forked process has no working CUDA
+        with ProcessPoolExecutor(jobs, context, initializer=_start) as pool:
+            futures = [pool.submit(work, item) for item in items]
+            for future in futures:
+                future.add_done_callback(lambda _: progress.advance(task))
+            try:
+                for future in futures:
+                    yield future.result()
+            except BrokenProcessPool:
+                raise SweepFailed(problem="an unknown problem", output="a process died") from None
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def work(item: Item) -> Outcome:
+    """Run a part of a problem; called in a process of the sweep."""
+    from bicompile.sweep import check
+
+    bit_class = _classes(item.module, item.depth)[item.bit_class]
+    problem = bit_class.problems[item.problem]
+    try:
+        return check(bit_class, problem, "cpu" if INTERPRETED else "cuda", item.part)
+    except Exception as error:
+        where = f"{bit_class.family}, {bit_class.name}, {problem.name}"
+        raise SweepFailed(
+            problem=where, output=f"{type(error).__name__}: {error}"[-4000:]
+        ) from None
+
+
+@functools.cache
+def _classes(module: str, depth: Depth) -> list[BitClass]:
+    from bicompile.sweep import classes
+
+    return classes(module, depth)
+
+
+def default_jobs() -> int:
+    """A process per core, as far as the memory of the GPU goes; one in the interpreter."""
+    if INTERPRETED:
+        return 1
+    import torch
+
+    free, _ = torch.cuda.mem_get_info()
+    return max(1, min(len(os.sched_getaffinity(0)), free // MEMORY_OF_A_JOB))
+
+
+# --------------------------------------------------------------------------------------- results
+
+
+def certify(
+    results: Sequence[Result], machine: Machine, kept: Mapping[str, Family] | None = None
+) -> Certificate:
+    """The certificate of what a sweep found, and of families that are kept from another."""
+    families = dict(kept or {})
+    by_family = itertools.groupby(results, key=lambda r: r.family)
+    for family, found in by_family:
+        listed = {
+            r.bit_class: Listing(r.members, r.outcome.cases, r.outcome.digest)
+            for r in found
+            if r.members
+        }
+        families[family] = Family(sources(family), listed)
+    return Certificate(machine, families, _notes())
+
+
+def _notes() -> dict[str, str]:
+    import torch
+
+    driver = Path("/proc/driver/nvidia/version")
+    version = re.search(r" (\d+\.[\d.]+) ", driver.read_text()) if driver.exists() else None
+    return {
+        "bicompile": __version__,
+        "driver": version[1] if version else "unknown",
+        "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+def show(console: Console, results: Sequence[Result]) -> None:
+    """Print a line per bit class, then every schedule that is not in its class."""
+    table = Table("family", "bit class", "schedules", "results of each", "", box=box.SIMPLE)
+    for result in results:
+        count = f"{len(result.members)} of {len(result.schedules)}"
+        verdict = "[red]split[/]" if result.splits else "[green]equal bits[/]"
+        table.add_row(
+            result.family, result.bit_class, count, str(result.outcome.cases), verdict
+        )  # fmt: skip
+    console.print(table)
+    for difference in (d for r in results for d in r.outcome.differences):
+        console.print(escape(describe(difference)), soft_wrap=True)
+
+
+def describe(difference: Difference) -> str:
+    """A difference in words: the schedule, the call, the first element that differs."""
+    fate = "is not in its class" if difference.runs else "does not run here"
+    return (
+        f"{difference.family}, {difference.bit_class}: {difference.schedule} {fate}\n"
+        f"  {difference.problem}; {difference.call}\n  {difference.text}"
+    )
+
+
+def as_json(results: Sequence[Result]) -> Any:
+    """All results as data."""
+    return [dataclasses.asdict(r) | {"members": r.members} for r in results]

@@ -1,0 +1,36 @@
+"""What `bicompile verify` tries on the normalisations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bicompile.kernels.norm import gpu
+from bicompile.kernels.reduce.sweep import Op, row_classes
+from bicompile.sweep import BitClass, Depth
+
+
+def _rms_norm(offset: float, round_first: bool) -> Op:
+    def run(x, w, s):
+        return gpu.rms_norm(x, 1, w, 1e-6, offset, round_first, chosen=s)
+
+    return Op(run, weights=1, quick=round_first)
+
+
+def _group_norm(x, s):
+    """Each row is a sample of one group and one channel."""
+    return gpu.group_norm(x[:, None], None, None, 1, 1e-5, chosen=s)
+
+
+OPS = {
+    "rms_norm": _rms_norm(0.0, True),
+    "rms_norm 1 + w": _rms_norm(1.0, False),
+    "layer_norm": Op(
+        lambda x, w, b, s: gpu.layer_norm(x, 1, w, b, 1e-5, chosen=s), weights=2, quick=True
+    ),
+    "group_norm": Op(_group_norm),
+}
+
+
+def classes(depth: Depth) -> Iterator[BitClass]:
+    """One bit class per entry of the table of the row kernels."""
+    return row_classes("norm", OPS, depth)

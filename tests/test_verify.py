@@ -1,0 +1,237 @@
+"""Sweeps of plain functions: each way to leave a bit class is found, named and not certified."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from rich.console import Console
+from triton.runtime.errors import OutOfResources
+
+from bicompile import certificate, cli, verify
+from bicompile.certificate import Certificate, Machine
+from bicompile.errors import SweepFailed
+from bicompile.sweep import BitClass, Depth, Problem, check
+
+HERE = Machine("a GPU", "9.0", "3.6.0", "2.11.0")
+
+
+def honest(x):
+    """Left to right, row by row."""
+    total = torch.zeros(x.shape[0])
+    for column in x.unbind(1):
+        total = total + column
+    return total
+
+
+def splits_the_row(x):
+    half = x.shape[1] // 2
+    return honest(x[:, :half]) + honest(x[:, half:])
+
+
+def misaligned_input_runs_another_body(x):
+    return honest(x) if x.storage_offset() % 4 == 0 else splits_the_row(x)
+
+
+def one_row_runs_another_body(x):
+    return honest(x) if len(x) > 1 else splits_the_row(x)
+
+
+def last_rows_run_another_body(x):
+    rows = len(x) // 8 * 8
+    return torch.cat([honest(x[:rows]), splits_the_row(x[rows:])])
+
+
+def infinities_are_clamped(x):
+    return honest(x.clamp(-3e38, 3e38))
+
+
+def subnormal_terms_are_flushed(x):
+    return honest(torch.where(x.abs() < torch.finfo(x.dtype).tiny, 0.0, x))
+
+
+def one_row_is_never_written(x):
+    out = torch.empty(len(x))
+    out[:-1] = honest(x)[:-1]
+    return out
+
+
+def needs_much_memory(x):
+    raise OutOfResources(300_000, 232_448, "shared memory")
+
+
+def crashes(x):
+    raise RuntimeError("an illegal memory access was encountered")
+
+
+FOUND = {
+    splits_the_row: "random values, all rows",
+    misaligned_input_runs_another_body: "misaligned",
+    one_row_runs_another_body: "rows 5 to 5",
+    last_rows_run_another_body: "random values, all rows",
+    one_row_is_never_written: "random values, all rows",
+    infinities_are_clamped: "special values",
+    subnormal_terms_are_flushed: "subnormal values",
+}
+VALUES = "random", "special", "subnormal"
+
+
+class Schedule:
+    """A function that goes by its name."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __repr__(self):
+        return self.function.__name__
+
+
+def make(*others, single=honest):
+    problem = Problem(
+        "sum 19x100", torch.float32, ((19, 100),), lambda x, s: s.function(x[0]),
+        rows=((5, 6), (3, 11)), layouts=("misaligned", "reversed strides"), values=VALUES,
+    )  # fmt: skip
+    schedules = [Schedule(f) for f in (single, *others)]
+    return BitClass("reduce", "sums", schedules[0], schedules, (problem,))
+
+
+@pytest.fixture
+def sweep_of(monkeypatch):
+    """Sweep a class of plain functions, in this process, on the CPU."""
+    monkeypatch.setattr(verify, "INTERPRETED", True)
+
+    def run(bit_class):
+        monkeypatch.setattr(verify, "_classes", lambda module, depth: [bit_class])
+        (result,) = verify.sweep(["a module"], Depth.SMALL, 1)
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize("planted", FOUND, ids=lambda f: f.__name__)
+def test_what_leaves_the_class_is_found(sweep_of, planted):
+    result = sweep_of(make(planted))
+    (difference,) = result.splits
+    assert result.members == ("honest",)
+    text = verify.describe(difference)
+    assert f"reduce, sums: {planted.__name__} is not in its class\n  sum 19x100; " in text
+    assert FOUND[planted] in difference.call
+    assert "first at [" in text and " is not 0x" in text
+
+
+def test_equal_bits_are_certified(sweep_of):
+    def the_same(x):
+        return honest(x.clone())
+
+    result = sweep_of(make(the_same))
+    assert result.members == ("honest", "the_same")
+    calls = 1 + 2 + 2 * 2  # whole, in two layouts, two ranges of rows in two layouts
+    assert result.outcome.cases == calls * len(VALUES)
+    listing = verify.certify([result], HERE).families["reduce"].classes["sums"]
+    assert listing.schedules == result.members
+    assert listing.digest == sweep_of(make()).outcome.digest != sweep_of(other()).outcome.digest
+
+
+def other():
+    return make(single=splits_the_row)
+
+
+def test_a_problem_in_parts_is_the_same_problem(sweep_of):
+    whole = make(one_row_runs_another_body, needs_much_memory)
+    (problem,) = whole.problems
+    for parts in (2, 3, 7):
+        cut = dataclasses.replace(whole, problems=[dataclasses.replace(problem, parts=parts)])
+        seen = sweep_of(cut).outcome
+        expected = sweep_of(whole).outcome
+        assert (seen.cases, seen.digest) == (expected.cases, expected.digest)
+        assert {d.schedule for d in seen.differences} == {d.schedule for d in expected.differences}
+
+
+def test_a_single_schedule_that_disagrees_with_itself_certifies_nothing(sweep_of):
+    result = sweep_of(make(honest, single=one_row_runs_another_body))
+    assert result.splits and result.members == ()
+    assert verify.certify([result], HERE).families["reduce"].classes == {}
+
+
+@pytest.mark.parametrize("single", [honest, needs_much_memory], ids=lambda f: f.__name__)
+def test_what_does_not_fit_is_left_out(sweep_of, single):
+    result = sweep_of(make(needs_much_memory, splits_the_row, single=single))
+    fates = {d.schedule: d.runs for d in result.outcome.differences}
+    if single is honest:
+        assert fates == {"needs_much_memory": False, "splits_the_row": True}
+        assert result.members == ("honest",)
+    else:
+        assert fates == {"needs_much_memory": False}
+        assert result.members == ()
+    text = verify.describe(result.outcome.differences[-1])
+    assert "needs_much_memory does not run here" in text and "232448" in text
+
+
+def test_a_crash_stops_the_sweep(sweep_of):
+    with pytest.raises(SweepFailed) as caught:
+        sweep_of(make(crashes))
+    assert "stopped at reduce, sums, sum 19x100" in str(caught.value)
+    assert "RuntimeError: an illegal memory access" in str(caught.value)
+
+
+def test_each_schedule_is_reported_once(sweep_of):
+    bit_class = make(splits_the_row, needs_much_memory)
+    several = BitClass(
+        "reduce", "sums", bit_class.single, bit_class.schedules, bit_class.problems * 3
+    )
+    assert len(check(several, several.problems[0], "cpu").differences) == 2
+    result = sweep_of(several)
+    assert [d.schedule for d in result.outcome.differences] == [
+        "splits_the_row",
+        "needs_much_memory",
+    ]
+    console = Console(width=200, record=True)
+    verify.show(console, [result])
+    shown = console.export_text()
+    assert "1 of 3" in shown and "split" in shown
+    assert shown.count("is not in its class") == shown.count("does not run here") == 1
+
+
+@pytest.mark.parametrize(
+    ("schedules", "status"),
+    [((), 0), ((needs_much_memory,), 0), ((splits_the_row,), 1), ((splits_the_row, crashes), 2)],
+)
+def test_exit_status_and_file(monkeypatch, own_certificates, schedules, status):
+    monkeypatch.setattr(verify, "INTERPRETED", True)
+    monkeypatch.setattr(verify, "_classes", lambda module, depth: [make(*schedules)])
+    monkeypatch.setattr(Machine, "here", lambda device: HERE)
+    assert cli.main(["verify", "--family", "reduce"]) == status
+    path = own_certificates / HERE.file
+    assert path.exists() == (status < 2)
+    if status < 2:
+        found = Certificate.read(path).families["reduce"]
+        assert found.classes["sums"].schedules == ("honest",)
+        assert found.sources == certificate.sources("reduce")
+
+
+def test_quick_writes_nothing(monkeypatch, own_certificates):
+    monkeypatch.setattr(verify, "INTERPRETED", True)
+    monkeypatch.setattr(verify, "_classes", lambda module, depth: [make()])
+    assert cli.main(["verify", "--quick", "--family", "reduce"]) == 0
+    assert not own_certificates.exists()
+    with pytest.raises(SystemExit):
+        cli.main(["verify", "--quick", "--output", "."])
+
+
+def test_other_families_are_kept(monkeypatch, own_certificates, tmp_path):
+    monkeypatch.setattr(verify, "INTERPRETED", True)
+    monkeypatch.setattr(verify, "_classes", lambda module, depth: [make()])
+    monkeypatch.setattr(Machine, "here", lambda device: HERE)
+    there = ["verify", "--output", str(tmp_path), "--family"]
+    assert cli.main([*there, "reduce"]) == 0
+    before = Certificate.read(tmp_path / HERE.file)
+    text = (tmp_path / HERE.file).read_text()
+    (tmp_path / HERE.file).write_text(text.replace('"reduce"', '"matmul"'))
+    assert cli.main([*there, "reduce"]) == 2  # a damaged one is not built upon
+    kept = {"matmul": before.families["reduce"]}
+    Certificate(HERE, kept).write(tmp_path)
+    assert cli.main([*there, "reduce"]) == 0
+    assert Certificate.read(tmp_path / HERE.file).families == {**before.families, **kept}
