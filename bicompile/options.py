@@ -18,6 +18,8 @@ class Options:
         unsupported: an op without an invariant kernel is an "error", or "allow"ed to run as it is.
         graph_breaks: the same for graph breaks.
         random: the same for ops that draw random numbers.
+        schedules: of the GPU kernels: those that this machine's certificate lists ("certified"), or
+            one for all sizes ("single"). No bit depends on it where the certificate is right.
         disable: passes left out, by name.
         fuel: apply only the first `fuel` rewrites; None applies all.
     """
@@ -25,6 +27,7 @@ class Options:
     unsupported: str = "error"
     graph_breaks: str = "error"
     random: str = "error"
+    schedules: str = "certified"
     disable: tuple[str, ...] = ()
     fuel: int | None = None
 
@@ -41,6 +44,7 @@ class Options:
         """
         accepted: dict[str, tuple[str, ...]] = {
             **dict.fromkeys(("unsupported", "graph_breaks", "random"), _POLICIES),
+            "schedules": ("certified", "single"),
             "disable": tuple(passes),
         }
         known = [f.name for f in fields(cls)]

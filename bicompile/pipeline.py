@@ -21,13 +21,14 @@ from bicompile.passes.canonicalize import canonicalize
 from bicompile.passes.deduplicate import deduplicate
 from bicompile.passes.fuse import fuse
 from bicompile.passes.replace import replace
+from bicompile.passes.schedule import schedule
 from bicompile.report import Decision, Report, Verdict
 
 log = logging.getLogger(__name__)
 
 Pass = Callable[..., None]
-PIPELINE: tuple[Pass, ...] = (canonicalize, replace, fuse, deduplicate, audit)
-OPTIONAL = tuple(step.__name__ for step in PIPELINE if step is not audit)
+PIPELINE: tuple[Pass, ...] = (canonicalize, replace, fuse, deduplicate, schedule, audit)
+OPTIONAL = tuple(step.__name__ for step in PIPELINE if step not in (schedule, audit))
 """Passes that `options={"disable": ...}` may leave out."""
 
 

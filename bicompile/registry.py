@@ -1,7 +1,8 @@
 """The registry of kernels: one `Kernel` per op of the ``bicompile`` namespace.
 
 Registering a kernel defines its torch.library op, its fake implementation and, on first use, its
-CUDA implementation (function of the same name in the family's ``gpu.py``).  The CPU implementation
+CUDA implementation (function of the same name in the family's ``gpu.py``), which runs on the
+certified schedules; the overload ``single`` is the same on one schedule.  The CPU implementation
 comes from the family's ``cpu.cpp`` through `bicompile.native`.
 """
 
@@ -10,12 +11,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from bicompile.certificate import one_schedule
 from bicompile.contract import Case, Contract
 from bicompile.errors import RegistrationError
 
@@ -56,6 +59,12 @@ class Kernel:
         overload: torch._ops.OpOverload = getattr(torch.ops.bicompile, self.name).default
         return overload
 
+    @property
+    def single(self) -> torch._ops.OpOverload:
+        """The same op on one GPU schedule for all sizes; of GPU tensors only."""
+        overload: torch._ops.OpOverload = getattr(torch.ops.bicompile, self.name).single
+        return overload
+
 
 _KERNELS: dict[str, Kernel] = {}
 KERNELS: Mapping[str, Kernel] = MappingProxyType(_KERNELS)
@@ -72,15 +81,18 @@ def register(kernel: Kernel) -> Kernel:
     if not kernel.reference.__module__.startswith("bicompile.kernels."):
         reason = f"import it as bicompile.{kernel.reference.__module__}"
         raise RegistrationError(name=kernel.name, reason=reason)
-    _LIBRARY.define(kernel.name + kernel.schema, tags=_TAGS)
     fake = kernel.fake or _derived_fake(kernel.contract.cases[0])
-    torch.library.register_fake(f"bicompile::{kernel.name}", fake, lib=_LIBRARY)
-    _LIBRARY.impl(kernel.name, _cuda_implementation(kernel), "CUDA")
+    for name, schedules in ((kernel.name, nullcontext), (f"{kernel.name}.single", one_schedule)):
+        _LIBRARY.define(name + kernel.schema, tags=_TAGS)
+        torch.library.register_fake(f"bicompile::{name}", fake, lib=_LIBRARY)
+        _LIBRARY.impl(name, _cuda_implementation(kernel, schedules), "CUDA")
     _KERNELS[kernel.name] = kernel
     return kernel
 
 
-def _cuda_implementation(kernel: Kernel) -> Callable[..., Any]:
+def _cuda_implementation(
+    kernel: Kernel, schedules: Callable[[], AbstractContextManager[None]]
+) -> Callable[..., Any]:
     """Import the family's Triton code when the first CUDA tensor arrives."""
     launch: Callable[..., Any] | None = None
 
@@ -89,7 +101,7 @@ def _cuda_implementation(kernel: Kernel) -> Callable[..., Any]:
         if launch is None:
             module = importlib.import_module(f"bicompile.kernels.{kernel.family}.gpu")
             launch = getattr(module, kernel.name)
-        with torch.cuda.device_of(args[0]):
+        with schedules(), torch.cuda.device_of(args[0]):
             return launch(*args, **kwargs)
 
     return implementation

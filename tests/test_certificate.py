@@ -9,15 +9,22 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 pytest.importorskip("triton")
 
+import bicompile
 from bicompile import certificate, cli, registry, sweep, verify
 from bicompile.certificate import Certificate, Family, Listing, Machine, choose
 from bicompile.errors import DamagedCertificate
 from bicompile.kernels.attention import schedules as attention
 from bicompile.kernels.matmul import schedules as matmul
 from bicompile.kernels.reduce import schedules as rows
+from bicompile.options import Options
+from bicompile.passes.schedule import schedule
+from bicompile.pipeline import Run
+from bicompile.report import Report
 
 H100 = Machine("NVIDIA H100 80GB HBM3", "9.0", "3.6.0", "2.11.0")
 SINGLE = matmul.SINGLE["half"]
@@ -267,6 +274,34 @@ def test_values_are_what_their_name_says(values):
         "ties": (x[x == 0].view(torch.int16) < 0).any() and size.max() <= 0.75,
     }
     assert facts[values]
+
+
+def graph_on(device, **options):
+    """The targets of a small graph after the pass."""
+    with FakeTensorMode():
+        x, w = torch.empty(3, 4, device=device), torch.empty(4, 5, device=device)
+        gm = make_fx(lambda x, w: torch.ops.bicompile.mm.default(x, w, False).relu())(x, w)
+    run = Run(Options.parse(options), Report("test"))
+    for _ in range(2):
+        schedule(gm, run=run)
+    return [str(n.target) for n in gm.graph.nodes if n.op == "call_function"]
+
+
+def test_the_option_is_part_of_the_graph():
+    mm, single, relu = "bicompile.mm.default", "bicompile.mm.single", "aten.relu.default"
+    assert graph_on("cuda") == graph_on("cuda", schedules="certified") == [mm, relu]
+    assert graph_on("cuda", schedules="single") == [single, relu]
+    assert graph_on("cpu", schedules="single") == [mm, relu]
+
+
+def test_the_option_changes_nothing_on_the_cpu():
+    layer, x = torch.nn.Linear(64, 48), torch.randn(3, 64)
+    with torch.no_grad():
+        compiled = [
+            bicompile.compile(lambda x: layer(x), options={"schedules": schedules})(x)
+            for schedules in ("certified", "single")
+        ]
+    assert torch.equal(*compiled)
 
 
 def test_the_command_needs_a_gpu(monkeypatch, capsys):

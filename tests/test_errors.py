@@ -121,6 +121,7 @@ def test_suppressed_errors():
         ({"random": "yes"}, "accepted: error, allow"),
         ({"disable": "fuze"}, "accepted: canonicalize, replace, fuse, deduplicate"),
         ({"fuel": -1}, "a number of rewrites >= 0"),
+        ({"schedules": "all"}, "accepted: certified, single"),
     ],
 )
 def test_unknown_option(options, text):

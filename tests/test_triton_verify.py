@@ -3,10 +3,12 @@
 import json
 
 import planted_schedules
+import pytest
 import torch
-from triton_set_up import INTERPRET, on_device
+from triton_set_up import DEVICE, INTERPRET, law, on_device, same
 
-from bicompile import certificate, cli, sweep, verify
+import bicompile
+from bicompile import certificate, cli, registry, sweep, verify
 from bicompile.certificate import Certificate, Machine
 from bicompile.kernels.attention import gpu as attention
 from bicompile.kernels.matmul import schedules as matmul
@@ -61,3 +63,53 @@ def test_the_command_certifies_this_machine(own_certificates, tmp_path, capsys):
 def test_processes_see_what_one_sees():
     name = verify.modules()["softmax"]  # without a dot: its stand-in is in this process alone
     assert verify.sweep([name], DEPTH, 2) == verify.sweep([name], DEPTH, 1)
+
+
+@law
+def test_the_overload_single_runs_one_schedule(monkeypatch):
+    """Also beside the certified one, in one process; and both have the same bits."""
+    used = []
+    choose = matmul.choose
+    monkeypatch.setattr(matmul, "choose", lambda *a: used.append(choose(*a)) or used[-1])
+    x, w = (torch.randn(n, 32, device=DEVICE).half() for n in (3, 7))
+    mm = registry.load_all()["mm"]
+    calls = [mm.op, mm.single, mm.op]
+    if INTERPRET:  # no CUDA tensors to dispatch on
+        calls = [
+            registry._cuda_implementation(mm, manager)
+            for manager in (registry.nullcontext, certificate.one_schedule, registry.nullcontext)
+        ]
+    results = [call(x, w.t(), False) for call in calls]
+    small, single = matmul.TABLE["half"][0][1], matmul.SINGLE["half"]
+    assert used == [small, single, small]
+    same(results[1], results[0])
+
+
+@law
+@pytest.mark.skipif(INTERPRET, reason="compiles for the GPU")
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_models_with_different_options_in_one_process(monkeypatch, mode):
+    used = []
+    choose = matmul.choose
+    monkeypatch.setattr(matmul, "choose", lambda *a: used.append(choose(*a)) or used[-1])
+    layer = torch.nn.Linear(64, 48).to(DEVICE, torch.bfloat16)
+
+    def compiled(schedules):
+        return torch.compile(
+            lambda x: layer(x),
+            fullgraph=True,
+            backend=lambda gm, x: bicompile.backend.batch_invariant(
+                gm, x, mode=mode, options={"schedules": schedules}
+            ),
+        )
+
+    x = torch.randn(3, 64, device=DEVICE, dtype=torch.bfloat16)
+    seen = {}
+    with torch.no_grad():
+        for schedules in ("certified", "single"):
+            used.clear()
+            f = compiled(schedules)
+            seen[schedules] = [f(x).clone() for _ in range(4)][-1]
+            small, single = matmul.TABLE["half"][0][1], matmul.SINGLE["half"]
+            assert set(used) == {small if schedules == "certified" else single}
+    same(seen["certified"], seen["single"])
