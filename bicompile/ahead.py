@@ -11,13 +11,14 @@ import importlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map
 
+from bicompile.certificate import one_schedule
 from bicompile.graph import subgraphs, value
 from bicompile.registry import KERNELS
 
@@ -36,7 +37,8 @@ def kernels_built(gm: GraphModule) -> Iterator[None]:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool):
         for node in nodes:
-            build(node)
+            with torch.cuda.device(_device(node)):
+                build(node)
         yield
 
 
@@ -44,12 +46,13 @@ def build(node: Node) -> None:
     """Launch an op with meta tensors: once if all sizes are known, else for each of SIZES."""
     from bicompile.kernels.common.launch import building_for
 
+    schedules = one_schedule if node.target._overloadname == "single" else nullcontext  # type: ignore[union-attr]
     name = node.target.name().split("::")[1].split(".")[0]  # type: ignore[union-attr]
     family = KERNELS[name].family
     launch = getattr(importlib.import_module(f"bicompile.kernels.{family}.gpu"), name)
     args = tree_map(value, node.args)
     for size in SIZES if _varies(args) else SIZES[:1]:
-        with building_for(_device(node)):
+        with schedules(), building_for(_device(node)):
             launch(*tree_map(lambda x, size=size: _with_size(x, size), args))
 
 

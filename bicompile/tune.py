@@ -88,10 +88,11 @@ def line(found: Found) -> str:
 def race(op: str, columns: int, terms: int, rows: int) -> Found:
     """Race the schedules for one op and size."""
     from bicompile.kernels.matmul import gpu
-    from bicompile.kernels.matmul.schedules import Schedule, schedule
+    from bicompile.kernels.matmul.schedules import Schedule, wanted
 
     two = op == "swiglu"
-    entry = schedule("half pair" if two else "half", "9.0", rows, columns, terms)
+    kind = "half pair" if two else "half"
+    entry = wanted(kind, "9.0", rows, columns, terms, op != "qkv_proj")
     tried = list(dict.fromkeys([entry, *candidates(Schedule, rows, two, op == "qkv_proj")]))
     operands = _operands(op, columns, terms, rows)
     launch = getattr(gpu, op)

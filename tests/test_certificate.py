@@ -21,6 +21,7 @@ from bicompile.errors import DamagedCertificate
 from bicompile.kernels.attention import schedules as attention
 from bicompile.kernels.matmul import schedules as matmul
 from bicompile.kernels.reduce import schedules as rows
+from bicompile.kernels.rope import schedules as rope
 from bicompile.options import Options
 from bicompile.passes.schedule import schedule
 from bicompile.pipeline import Run
@@ -28,7 +29,7 @@ from bicompile.report import Report
 
 H100 = Machine("NVIDIA H100 80GB HBM3", "9.0", "3.6.0", "2.11.0")
 SINGLE = matmul.SINGLE["half"]
-LISTED = matmul.TABLE["half"][0][1]
+LISTED = matmul.schedules("half", "9.0")[1]
 UNLISTED = dataclasses.replace(LISTED, warps=8)
 
 
@@ -67,10 +68,11 @@ def test_what_is_listed_is_used_and_nothing_else(h100, recwarn):
 
 @pytest.mark.filterwarnings("ignore:no certificate covers")
 def test_tables_ask_the_certificate(h100):
-    assert chosen() == matmul.schedule("half", 1_000_000) == SINGLE
+    few, many = (("half", "9.0", rows, 4096, 4096, True) for rows in (1, 1_000_000))
+    assert chosen() == matmul.schedule(*many) == SINGLE
     make().write(h100)
-    assert matmul.schedule("half", 1) == LISTED
-    assert matmul.schedule("half", 1_000_000) == SINGLE
+    assert matmul.schedule(*few) == LISTED
+    assert matmul.schedule(*many) == SINGLE
     assert rows.schedule("reduce", 1_000_000, 50, 64) == rows.TABLE[1].single
     assert attention.schedule(2, 128, 1) == attention.SINGLE[2, 128]
     assert attention.splits(1, 8, 1024) is False
@@ -145,8 +147,10 @@ def test_the_driver_does_not_count(h100):
 
 
 def test_a_change_of_the_sources_ends_a_certificate(h100, tmp_path, monkeypatch):
-    folder = tmp_path / "kernels"
-    for name in ("matmul/gpu.py", "matmul/schedules.py", "common/trees.py"):
+    folder, found = tmp_path / "kernels", {}
+    certificate._collect(certificate.KERNELS / "matmul" / "gpu.py", found)
+    assert {"matmul/tiles.py", "matmul/schedules.py", "common/launch.py"} < set(found)
+    for name in map(str, found):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes((certificate.KERNELS / name).read_bytes())
     before = certificate.sources("matmul")
@@ -167,7 +171,8 @@ def test_a_change_of_the_sources_ends_a_certificate(h100, tmp_path, monkeypatch)
 def test_sources_are_what_the_kernels_import():
     found = {}
     certificate._collect(certificate.KERNELS / "norm" / "gpu.py", found)
-    assert {"norm/gpu.py", "reduce/gpu.py", "reduce/schedules.py", "common/trees.py"} == set(found)
+    common = {"common/launch.py", "common/trees.py"}
+    assert {"norm/gpu.py", "reduce/gpu.py", "reduce/schedules.py", *common} == set(found)
 
 
 def test_a_family_or_class_that_was_not_swept_is_not_certified(h100):
@@ -215,9 +220,9 @@ def test_every_table_is_swept():
         for module in verify.modules().values()
         for c in sweep.classes(module, sweep.Depth.FULL)
     }
-    tables = {("attention", "split"): {False, True}}
+    tables = {("attention", "split"): {False, True}, ("rope", "heads"): set(rope.TABLE)}
     for kind, single in matmul.SINGLE.items():
-        tables["matmul", kind] = {single, *matmul.schedules(kind)}
+        tables["matmul", kind] = {single, *matmul.schedules(kind, "9.0")}
     for at, single in attention.SINGLE.items():
         tables["attention", attention.bit_class(*at)] = {single, *attention.TABLE[at]}
     for family in ("reduce", "softmax", "norm"):

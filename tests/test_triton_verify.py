@@ -11,6 +11,7 @@ import bicompile
 from bicompile import certificate, cli, registry, sweep, verify
 from bicompile.certificate import Certificate, Machine
 from bicompile.kernels.attention import gpu as attention
+from bicompile.kernels.common.launch import capability
 from bicompile.kernels.matmul import schedules as matmul
 
 DEPTH = sweep.Depth.SMALL if INTERPRET else sweep.Depth.QUICK
@@ -34,7 +35,7 @@ def test_planted_schedules_are_found_and_then_refused(own_certificates):
         assert f"{result.bit_class}: {planted} is not in its class" in text
         assert "first at [" in text and " is not 0x" in text
     verify.certify(results, machine()).write(own_certificates)
-    real = matmul.TABLE["half"][0][1]
+    real = matmul.schedules("half", "9.0")[1]
     assert certificate.choose("matmul", "half", real, matmul.SINGLE["half"]) == real
     for result, (planted, _) in zip(results, planted_schedules.PLANTED.values(), strict=True):
         assert certificate.choose(result.family, result.bit_class, planted, "single") == "single"
@@ -80,7 +81,8 @@ def test_the_overload_single_runs_one_schedule(monkeypatch):
             for manager in (registry.nullcontext, certificate.one_schedule, registry.nullcontext)
         ]
     results = [call(x, w.t(), False) for call in calls]
-    small, single = matmul.TABLE["half"][0][1], matmul.SINGLE["half"]
+    here = capability(torch.device(DEVICE))
+    small, single = matmul.wanted("half", here, 3, 7, 32, False), matmul.SINGLE["half"]
     assert used == [small, single, small]
     same(results[1], results[0])
 
@@ -110,6 +112,7 @@ def test_models_with_different_options_in_one_process(monkeypatch, mode):
             used.clear()
             f = compiled(schedules)
             seen[schedules] = [f(x).clone() for _ in range(4)][-1]
-            small, single = matmul.TABLE["half"][0][1], matmul.SINGLE["half"]
+            small = matmul.wanted("half", capability(x.device), 3, 48, 64, True)
+            single = matmul.SINGLE["half"]
             assert set(used) == {small if schedules == "certified" else single}
     same(seen["certified"], seen["single"])

@@ -131,11 +131,12 @@ def table(kind: str, capability: str) -> tuple[Entry, ...]:
 
 def schedule(kind: str, capability: str, m: int, n: int, k: int, blocks: bool) -> Schedule:
     """The schedule for m rows, n columns and k terms; `blocks`: descriptors can be used."""
-    return choose("matmul", kind, _wanted(kind, capability, m, n, k, blocks), SINGLE[kind])
+    return choose("matmul", kind, wanted(kind, capability, m, n, k, blocks), SINGLE[kind])
 
 
 @functools.cache
-def _wanted(kind: str, capability: str, m: int, n: int, k: int, blocks: bool) -> Schedule:
+def wanted(kind: str, capability: str, m: int, n: int, k: int, blocks: bool) -> Schedule:
+    """What the table says, certified or not."""
     entries = table(kind, capability)
     found = next(e.schedule for e in entries if m <= e.m and n <= e.n and k <= e.k)
     return found if blocks else found.with_pointers()

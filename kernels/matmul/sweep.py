@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
+from bicompile.kernels.common.launch import capability
 from bicompile.kernels.matmul import gpu
-from bicompile.kernels.matmul.schedules import SINGLE, TABLE, schedules
+from bicompile.kernels.matmul.schedules import SINGLE, schedules
 from bicompile.sweep import VALUES, BitClass, Depth, Problem
 
 #: kind -> dtypes, the first where little is tried.
@@ -19,7 +20,7 @@ DTYPES = {
 
 #: (M, K, N): sizes below, at and beyond the edges of tiles; K with and without a tail.
 SIZES = {
-    Depth.SMALL: ((20, 70, 33),),
+    Depth.SMALL: ((20, 72, 40), (20, 70, 33)),
     Depth.QUICK: ((130, 576, 136), (70, 777, 33)),
     Depth.FULL: (
         (300, 576, 257), (129, 777, 48), (300, 2048, 320), (2500, 1000, 64), (130, 8200, 130),
@@ -43,9 +44,25 @@ LAYOUTS = ("misaligned", "reversed strides", "misaligned rows", "every second el
 
 def classes(depth: Depth) -> Iterator[BitClass]:
     """One bit class per kind."""
-    for kind in TABLE:
-        problems = tuple(_problems(kind, depth))
-        yield BitClass("matmul", kind, SINGLE[kind], schedules(kind), problems)
+    here = capability(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    for kind, single in SINGLE.items():
+        problems = _pairs if kind.endswith(" pair") else _problems
+        found = tuple(problems(kind.removesuffix(" pair"), depth))
+        yield BitClass("matmul", kind, single, schedules(kind, here), found)
+
+
+def _pairs(kind: str, depth: Depth) -> Iterator[Problem]:
+    """Two products that share their left side."""
+    small, full = depth is Depth.SMALL, depth is Depth.FULL
+    for dtype in DTYPES[kind] if full else DTYPES[kind][-1:] if small else DTYPES[kind][:1]:
+        for m, k, n in SIZES[depth]:
+            rows = tuple(r for r in ROWS if r[1] <= m)
+            yield Problem(
+                f"swiglu {_name(dtype)} {m}x{k}x{n}", dtype, ((m, k), (n, k), (n, k)),
+                lambda x, s, kind=kind: gpu.swiglu(x[0], x[1].mT, x[2].mT, kind == "tf32", s),
+                rows[1:3] if small else rows, layouts=LAYOUTS[: depth.pick(1, 1, 2)],
+                values=_values(depth),
+            )  # fmt: skip
 
 
 def _problems(kind: str, depth: Depth) -> Iterator[Problem]:
@@ -69,6 +86,15 @@ def _problems(kind: str, depth: Depth) -> Iterator[Problem]:
                     f"addmm {_name(dtype)} {m}x{k}x{n}", dtype, ((m, k), (n, k), (m, n)),
                     _run("addmm", tf32), rows[:2], (0, 2), values=("random", "ties"),
                 )  # fmt: skip
+                yield Problem(
+                    f"mm_add {_name(dtype)} {m}x{k}x{n}", dtype, ((m, k), (n, k), (m, n)),
+                    _mm_add(tf32), rows[:2], (0, 2), values=("random", "ties"),
+                )  # fmt: skip
+                yield Problem(
+                    f"qkv_proj {_name(dtype)} {min(m, 100)}x{k}x{n}", dtype,
+                    ((min(m, 100), k), (n, k), (n // 2 + 1, k), (n, k)), _qkv_proj(tf32),
+                    rows[:2], values=("random", "ties"),
+                )  # fmt: skip
         if full:
             b, m, k, n = 3, 40, 200, 72
             shapes = (b, m, k), (b, n, k), (b, m, n)
@@ -82,6 +108,18 @@ def _problems(kind: str, depth: Depth) -> Iterator[Problem]:
 def _values(depth: Depth) -> tuple[str, ...]:
     """Random values alone would miss a split of K where the result has few digits."""
     return depth.pick(("cancelling",), ("random", "cancelling", "special"), tuple(VALUES))
+
+
+def _mm_add(tf32: bool):
+    return lambda x, s: gpu.mm_add(x[0], x[1].mT, x[2], tf32, chosen=s)
+
+
+def _qkv_proj(tf32: bool):
+    def run(x, s):
+        a, *weights = x
+        return gpu.qkv_proj(a, *(w.mT for w in weights), None, None, None, tf32, chosen=s)
+
+    return run
 
 
 def _run(form: str, tf32: bool):

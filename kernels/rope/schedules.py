@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from bicompile.certificate import choose
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -12,14 +14,10 @@ class Schedule:
 
 
 FEW = 64  # tokens
-TABLE = (Schedule(4, 2), Schedule(8, 4))
+SINGLE = Schedule(4, 2)
+TABLE = (SINGLE, Schedule(8, 4))
 
 
 def schedule(tokens: int) -> Schedule:
     """The schedule for a number of tokens."""
-    return TABLE[tokens > FEW]
-
-
-def schedules() -> tuple[Schedule, ...]:
-    """Every schedule (one bit class)."""
-    return TABLE
+    return choose("rope", "heads", TABLE[tokens > FEW], SINGLE)
