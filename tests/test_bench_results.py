@@ -1,4 +1,4 @@
-"""What the bench leaves behind: the file, the summary, and what its options refuse."""
+"""What the bench leaves behind: the file, the summary, the page, and what its options refuse."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bicompile import cli
-from bicompile.bench import command
+from bicompile.bench import command, page
 from bicompile.bench.cases import OURS
 from bicompile.bench.results import BETTER, Report, Row, summary
 from bicompile.errors import UnsafeSetting
@@ -39,6 +39,11 @@ TABLES = {
     ],
     "sequences, bfloat16": [Row("9 sequences, 90 tokens", "s", {"inductor": 4.0, OURS: 1.0})],
 }
+
+
+def report(path):
+    rates = {"bfloat16": {"bytes": 2.9e12, "operations": 7e14}}
+    return Report("qwen3-8b", MACHINE, ["bicompile bench --device cuda"], rates, TABLES, path)
 
 
 def test_the_summary_is_what_the_rows_say():
@@ -85,11 +90,35 @@ def test_figures_of_two_machines_never_stand_in_one_file(tmp_path, suite, machin
     assert file.read_text() == before
 
 
+def test_the_page_of_a_gpu(tmp_path):
+    file = tmp_path / "bench-h100.json"
+    report(file).save()
+    shown = tmp_path / "performance.md"
+    assert cli.main(["bench", "--page", str(shown), str(file)]) == 0
+    text = shown.read_text()
+    for line in (
+        "## NVIDIA H100, torch 2.11.0, 1 CPU threads",
+        "bicompile bench --device cuda",
+        "![ratios by batch size](bench-h100.svg)",
+        "2.9 TB/s copied, 700 TFLOP/s in bfloat16",
+        "| model, bfloat16: decode | better mode | 2 | 1.00 | 2.00 | decode 1024 batch 8 |",
+        "| decode 1024 batch 1 (ms) | 4 | 2 | 0.5 | 1 | 0.50 | 2.00 |",
+        "| prefill 2048 batch 1 (ms) | 4 | - | - | - | - | - |",
+        "prefill 2048 batch 1, bicompile: bits differ",
+        "| 9 sequences, 90 tokens (s) | 4 | 1 | 0.25 |",
+    ):
+        assert line in text
+    assert (tmp_path / "bench-h100.svg").read_text().count("time of bicompile / the best") == 3
+    assert text == page.render(shown, [file])
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--only", "sequences"], "suite small has none"),
         (["--suite", "tiny", "--model", "x"], "the model of suite tiny has random weights"),
+        (["--page", "docs/performance.md"], "no file of the bench follows"),
+        (["--page", "docs/performance.md", "absent.json"], "there is no absent.json"),
     ],
 )
 def test_refusals(options, said, capsys):

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from bicompile.bench import page, plot
+from bicompile.bench.results import Report
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
@@ -60,6 +63,29 @@ def test_readme_states_the_measured_cost():
         if row["what"] == f"decode batch {batch}"
     ]
     assert stated == measured
+
+
+def test_the_performance_page_shows_the_figures_of_the_bench(monkeypatch):
+    """After a new run: bicompile bench --page docs/performance.md docs/bench-*.json."""
+    monkeypatch.chdir(ROOT)
+    files = sorted(Path("docs").glob("bench-*.json"))
+    shown = Path("docs/performance.md")
+    assert shown.read_text() == page.render(shown, files)
+    for file in files:
+        assert plot.identity(file) in page.plot_of(shown, file).read_text()
+
+
+def test_the_plot_is_drawn_from_the_figures(tmp_path):
+    file = ROOT / "docs" / "bench-cpu.json"
+    drawn = [tmp_path / name for name in ("a.svg", "b.svg")]
+    for target in drawn:
+        plot.draw(file, target)
+    assert drawn[0].read_bytes() == drawn[1].read_bytes()
+    panels = plot.panels(Report.load(file).tables)
+    (first, *_, last) = panels["model, bfloat16"]["decode"]
+    assert [first[0], last[0]] == [1, 16]
+    for panel in panels:
+        assert f"{panel}: time of bicompile" in drawn[0].read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

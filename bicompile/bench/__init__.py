@@ -33,10 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, metavar="7", help="interleaved rounds")
     add("--quick", action="store_true", help="bfloat16, 3 rounds, fewer cases, smaller models")
     add("--json", type=Path, metavar="FILE", help="written after each row; goes on with the file")
+    add("--page", nargs="+", type=Path, metavar="FILE", help="PAGE JSON...: only write the page")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the bench; the exit status is 0 only if our bits held everywhere."""
+    if args.page:
+        from bicompile.bench import page
+
+        page.write(args.page[0], args.page[1:])
+        return 0
     from bicompile.bench import tables
     from bicompile.machine import check_device, machine, title
 
