@@ -1,6 +1,7 @@
 """bicompile: a torch.compile backend that gives each row the same bits, whatever else is there.
 
-Public names: the backend ``"batch_invariant"`` of torch.compile, `compile` and `errors`.
+Public names: the backend ``"batch_invariant"`` of torch.compile, `compile`, `explain`, `compare`
+and `errors`.
 """
 
 from __future__ import annotations
@@ -8,19 +9,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "compile", "errors"]
+__all__ = ["__version__", "compare", "compile", "errors", "explain"]
 
 if TYPE_CHECKING:
     from bicompile import errors
     from bicompile.api import compile
+    from bicompile.comparison import compare
+    from bicompile.explainer import explain
+
+_HOMES = {"compile": "api", "explain": "explainer", "compare": "comparison"}
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: importing the package costs nothing."""
     import importlib
 
-    if name == "compile":
-        return importlib.import_module("bicompile.api").compile
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"bicompile.{_HOMES[name]}"), name)
     if name == "errors":
         return importlib.import_module("bicompile.errors")
     raise AttributeError(f"module 'bicompile' has no attribute {name!r}")

@@ -68,6 +68,7 @@ def compile(
         _warn_of_positions(kwargs)
         return compiled(*args, **kwargs)
 
+    call.bicompile_original = forward  # type: ignore[attr-defined]  # what explain looks at
     if isinstance(model, torch.nn.Module):
         model.forward = call
         return model

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from bicompile import ahead, capture, inductor, native
+from bicompile import ahead, artifacts, capture, inductor, native
 from bicompile.options import Options
 from bicompile.pipeline import OPTIONAL, Run, run_pipeline
 from bicompile.report import REPORTS, Report, digest
@@ -56,6 +56,34 @@ def batch_invariant(
         return _compile(gm, example_inputs, mode, parsed)
 
 
+Finish = Callable[..., Any]
+
+
+def lower(
+    gm: GraphModule, inputs: list[Any], run: Callable[..., Run], finish: Finish, **kwargs: Any
+) -> Any:
+    """AOTAutograd and our passes.
+
+    Args:
+        gm: the graph captured by Dynamo.
+        inputs: its inputs.
+        run: makes the run of our passes over one traced graph, told what kind of graph it is.
+        finish: compiles what they leave: called with the run and all that Inductor hands over.
+        kwargs: for `inductor.compile_graph`.
+    """
+
+    def inner(gm: GraphModule, inputs: list[Any], **kwargs: Any) -> Any:
+        kinds = {k: bool(kwargs.get(f"is_{k}")) for k in ("backward", "inference")}
+        here = run(**kinds)
+        run_pipeline(gm, here)
+        return finish(here, gm, inputs, **kwargs)
+
+    with capture.attention_whole():
+        return inductor.compile_graph(
+            gm, inputs, inner=inner, decompositions=capture.decomposition_table(), **kwargs
+        )
+
+
 def _compile(
     gm: GraphModule, inputs: list[Any], mode: str | None, options: Options
 ) -> Callable[..., Any]:
@@ -65,30 +93,19 @@ def _compile(
     kept = Report.load(folder, key)
     report = Report(key)
 
-    def inner(gm: GraphModule, inputs: list[Any], **kwargs: Any) -> Any:
-        kinds = {k: bool(kwargs.get(f"is_{k}")) for k in ("backward", "inference")}
-        run = Run(options, report, **kinds)
-        run_pipeline(gm, run)
+    def finish(run: Run, gm: GraphModule, inputs: list[Any], **kwargs: Any) -> Any:
         report.save(folder)
+        if run.history:
+            artifacts.emit(gm, run)
         with ahead.kernels_built(gm):
             return inductor.compile_inner(gm, inputs, **kwargs)
 
-    def compile_once(**kwargs: Any) -> Any:
-        with capture.attention_whole():
-            return inductor.compile_graph(
-                gm,
-                inputs,
-                inner=inner,
-                decompositions=capture.decomposition_table(),
-                mode=mode,
-                stamp=stamp,
-                **kwargs,
-            )
-
-    compiled = compile_once()
+    run = functools.partial(Run, options, report, history=artifacts.wanted())
+    once = functools.partial(lower, gm, inputs, run, finish, mode=mode, stamp=stamp)
+    compiled = once()
     if not report.decisions and kept is None:
         # Served from the disk, but what was done to it is not known: do it again, seen.
-        compiled = compile_once(caches=False)
+        compiled = once(caches=False)
     REPORTS.append(report if report.decisions or kept is None else kept)
     return compiled  # type: ignore[no-any-return]
 

@@ -80,8 +80,7 @@ def check(gm: GraphModule, inputs: list[Any], options: Options) -> None:
 def _last_line(reason: Any) -> str | None:
     if not reason.user_stack:
         return None
-    frame = reason.user_stack[-1]
-    return f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}"
+    return graph.frame_line(reason.user_stack[-1])
 
 
 def fingerprint(gm: GraphModule, inputs: list[Any]) -> list[str]:

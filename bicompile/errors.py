@@ -224,6 +224,72 @@ class SweepFailed(BicompileError):
     )
 
 
+class Untraceable(BicompileError):
+    """A program to be explained could not be captured as one graph."""
+
+    what = "the program cannot be captured as one graph: {reason}"
+    next = (
+        "remove the cause, or explain the part of the model that can be captured, "
+        "for example one layer with its inputs"
+    )
+
+
+class WrongInputs(BicompileError):
+    """A model to be explained does not take the inputs that it was given."""
+
+    what = "the model fails on these inputs: {reason}\n  given: {given}"
+    next = "call bicompile.explain(model, ...) with the arguments that you call the model with"
+
+
+class ProgramNotFound(BicompileError):
+    """The name of a program to be explained leads nowhere."""
+
+    what = "cannot explain {name}: {reason}"
+    accepts = (
+        "a hub id, a folder with a config.json, or module:function, where function() returns "
+        "(model, args) or (model, args, kwargs)"
+    )
+    next = "{todo}"
+
+
+class GraphTooLarge(BicompileError):
+    """A table of every node would be longer than anybody reads in a terminal."""
+
+    what = "the table of all nodes has {rows} rows, too many for a terminal"
+    accepts = "up to {limit} rows"
+    next = "leave out --all, or write a page with --html FILE and search there"
+
+
+class BrowserNotFound(BicompileError):
+    """A page was to be shown or drawn on a machine without a browser."""
+
+    what = "no browser found to {purpose}\n  tried: {tried}"
+    accepts = "a browser on PATH; the page itself needs no network and opens anywhere"
+    next = "open {file} on a machine with a browser, or install one (Debian: apt install chromium)"
+
+
+class LockUnreadable(BicompileError):
+    """A lock file cannot be read."""
+
+    what = "cannot read the lock file {file}: {reason}"
+    accepts = "a file written by bicompile explain --lock"
+    next = "write it anew: bicompile explain MODEL --lock {file}"
+
+
+class LockDiffers(BicompileError):
+    """The program, a version or the machine would give other bits than the lock file says."""
+
+    what = "not the numbers of {file}:\n{differences}"
+    next = "restore what differs, or accept the new numbers: bicompile explain MODEL --lock {file}"
+
+
+class LostDecision(BicompileError):
+    """A pass left no word about a node; for those who write passes."""
+
+    what = "no pass says what became of {node} ({op})"
+    next = "record each rewrite with run.decide(node, reason), see passes/ in CONTRIBUTING.md"
+
+
 class RegistrationError(BicompileError):
     """A kernel, rule or contract is not consistent; for those who add ops."""
 

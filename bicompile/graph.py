@@ -29,6 +29,11 @@ def user_line(node: Node) -> str | None:
     return f"{frame['file']}:{frame['line']}, in {frame['function']}: {frame['code'].strip()}"
 
 
+def frame_line(frame: Any) -> str:
+    """The same of a frame of a stack."""
+    return f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}"
+
+
 def describe(x: Any) -> str:
     """A value as the user thinks of it: ``bfloat16[8, s0, 64]``."""
     x = value(x)
@@ -43,6 +48,37 @@ def describe_call(node: Node) -> str:
     """The arguments of a call."""
     named = [f"{k}={describe(v)}" for k, v in node.kwargs.items()]
     return ", ".join([*(describe(a) for a in node.args), *named])
+
+
+def target_name(node: Node) -> str:
+    """What a node calls, in short: ``aten.add.Tensor``, ``getitem``."""
+    if isinstance(node.target, (str, torch._ops.OpOverload)):
+        return str(node.target)
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def hint(size: Any) -> int:
+    """A size as a number: a symbolic one by the example that it was traced with."""
+    if isinstance(size, int):
+        return size
+    known = size.node.hint
+    return 1 if known is None else int(known)  # a size that the data decides is not known
+
+
+ORIGINS = "bicompile_origins"
+"""Key of ``node.meta``: the nodes of the captured graph that a node stands for, by name."""
+
+
+def origins(node: Node) -> tuple[str, ...]:
+    """Names of the captured nodes that a node stands for; none where nobody keeps account."""
+    found: tuple[str, ...] = node.meta.get(ORIGINS, ())
+    return found
+
+
+def carry_origins(new: Node, *old: Node) -> None:
+    """Let a node stand for all that `old` stood for, besides what it stands for already."""
+    if merged := tuple(dict.fromkeys(o for n in (new, *old) for o in origins(n))):
+        new.meta[ORIGINS] = merged
 
 
 def subgraphs(gm: GraphModule) -> Iterator[GraphModule]:
@@ -71,7 +107,7 @@ class Emit:
         fake_args, fake_kwargs = tree_map(value, (args, kwargs))
         new.meta = {
             k: self.node.meta[k]
-            for k in ("stack_trace", "nn_module_stack", "original_aten", "source_fn_stack")
+            for k in ("stack_trace", "nn_module_stack", "original_aten", "source_fn_stack", ORIGINS)
             if k in self.node.meta
         }
         with _fake_mode(fake_args, fake_kwargs):
@@ -84,6 +120,7 @@ class Emit:
             for user in list(self.node.users):
                 output = new[user.args[1]]  # type: ignore[index]
                 if output is not None:
+                    carry_origins(output, user)
                     user.replace_all_uses_with(output)
                     self.graph.erase_node(user)
         else:

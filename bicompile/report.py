@@ -22,6 +22,8 @@ class Verdict(enum.Enum):
     """Same inputs, same bits, in every run; but it reduces over the batch."""
     ALLOWED = "not guaranteed"
     """Let through by an option."""
+    REFUSED = "refused"
+    """An error where the program is compiled; only `bicompile.explain` goes on."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Decision:
         verdict: how far the guarantee goes.
         reason: why, in a few words.
         line: the user's source line, if known.
+        step: the pass that decided.
+        origins: nodes of the captured graph that the node stood for, where account is kept.
     """
 
     node: str
@@ -43,6 +47,8 @@ class Decision:
     verdict: Verdict
     reason: str
     line: str | None = None
+    step: str = ""
+    origins: tuple[str, ...] = ()
 
 
 @dataclass
@@ -81,7 +87,10 @@ class Report:
             rows = json.loads((folder / f"{key}.json").read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             return None
-        rows = [Decision(**row | {"verdict": Verdict(row["verdict"])}) for row in rows]
+        rows = [
+            Decision(**row | {"verdict": Verdict(row["verdict"]), "origins": tuple(row["origins"])})
+            for row in rows
+        ]
         return cls(key, rows, cached=True)
 
 

@@ -125,6 +125,8 @@ def audit(gm: GraphModule, *, run) -> None:
     for node in gm.graph.nodes:
         if node.op != "call_function" or getattr(node.target, "namespace", "") == "bicompile":
             continue
+        if node in run.refused:
+            continue
         reason = reason_to_stay(node)
         if reason is not None:
             run.decide(node, reason)
@@ -133,16 +135,17 @@ def audit(gm: GraphModule, *, run) -> None:
         if (run.options.random if random else run.options.unsupported) == "allow":
             run.decide(node, "let through by an option", verdict=Verdict.ALLOWED)
         elif random:
-            raise RandomOp(op=node.target, line=user_line(node))
+            run.refuse(node, RandomOp(op=node.target, line=user_line(node)))
         elif run.backward:
-            raise UnsupportedGradient(op=node.target, line=user_line(node))
+            run.refuse(node, UnsupportedGradient(op=node.target, line=user_line(node)))
         else:
-            raise UnsupportedOp(
+            error = UnsupportedOp(
                 op=node.target,
                 reason="its order of summation is not pinned",
                 given=describe_call(node),
                 line=user_line(node),
             )
+            run.refuse(node, error)
 
 
 def reason_to_stay(node: Node) -> str | None:

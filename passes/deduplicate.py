@@ -37,6 +37,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from bicompile.graph import carry_origins
+
 aten = torch.ops.aten
 _INVOKE = torch.ops.higher_order.invoke_subgraph
 # Inductor does these in place where the tensor is not read again, which it sees in one graph only.
@@ -69,7 +71,7 @@ def deduplicate(gm: GraphModule, *, run) -> None:
     regions = [r for r in regions if r.structure == common]
     if count < 2 or not _may_be_called(regions[0]) or not run.fuel():
         return
-    layer = _subgraph(gm, regions[0])
+    layer = _subgraph(gm, regions)
     gm.add_submodule(_NAME, layer)
     for region in regions:
         run.decide(region.nodes[0], f"layer of {len(region.nodes)} nodes", became=_NAME)
@@ -199,13 +201,15 @@ def _may_be_called(region: _Region) -> bool:
     return bool(region.outputs) and known and tensors and not parts
 
 
-def _subgraph(gm: GraphModule, region: _Region) -> GraphModule:
-    graph, copies = Graph(), {}
+def _subgraph(gm: GraphModule, regions: Sequence[_Region]) -> GraphModule:
+    """The first region as a graph; each node stands for its fellows in all regions."""
+    graph, copies, region = Graph(), {}, regions[0]
     for i, node in enumerate(_inputs(region.nodes)):
         copies[node] = graph.placeholder(f"input_{i}")
         copies[node].meta["val"] = node.meta["val"]
-    for node in region.nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
+    for same in zip(*(r.nodes for r in regions), strict=True):
+        copies[same[0]] = graph.node_copy(same[0], copies.__getitem__)
+        carry_origins(copies[same[0]], *same)
     outputs = tuple(copies[n] for n in region.outputs)
     graph.output(outputs).meta["val"] = tuple(n.meta["val"] for n in outputs)
     graph.eliminate_dead_code()

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from bicompile.errors import UnsupportedDtype
+from bicompile.errors import BicompileError, UnsupportedDtype
 from bicompile.graph import Emit, describe_call, user_line, value
 from bicompile.passes.rules import RULES, Rule
 
@@ -47,7 +47,11 @@ def _apply(rule: Rule, node: Node, run) -> None:
     if not _check_dtype(node, rule.target, run) or not run.fuel():
         return
     emit = Emit(node)
-    new = rule.bind(emit, *node.args, **node.kwargs)
+    try:
+        new = rule.bind(emit, *node.args, **node.kwargs)
+    except BicompileError as error:
+        run.refuse(node, error)
+        return
     if new is NotImplemented:
         return
     run.decide(node, rule.kernel.order, became=str(rule.kernel.op))
@@ -62,11 +66,13 @@ def _check_dtype(node: Node, op: object, run) -> bool:
     for dtype in dtypes - set(accepted):
         if run.options.unsupported == "allow":
             return False
-        raise UnsupportedDtype(
+        error = UnsupportedDtype(
             op=op,
             dtype=dtype,
             given=describe_call(node),
             accepted=accepted,
             line=user_line(node),
         )
+        run.refuse(node, error)
+        return False
     return True

@@ -189,6 +189,20 @@ TEXTS = {
     ),
     errors.GpuNotFound: ({}, "PyTorch sees no NVIDIA GPU"),
     errors.SweepFailed: ({"problem": "mm", "output": "boom"}, "stopped at mm\nboom"),
+    errors.Untraceable: ({"reason": "a branch"}, "captured as one graph: a branch"),
+    errors.WrongInputs: ({"reason": "no b", "given": "float32[2]"}, "these inputs: no b"),
+    errors.ProgramNotFound: (
+        {"name": "m:f", "reason": "no m", "todo": "check"},
+        "cannot explain m:f: no m",
+    ),
+    errors.GraphTooLarge: ({"rows": 501, "limit": 500}, "has 501 rows"),
+    errors.BrowserNotFound: (
+        {"purpose": "draw", "tried": ["chromium"], "file": "a.html"},
+        "tried: chromium",
+    ),
+    errors.LockUnreadable: ({"file": "a.lock", "reason": "empty"}, "lock file a.lock: empty"),
+    errors.LockDiffers: ({"file": "a.lock", "differences": "pin: torch"}, "a.lock:\npin: torch"),
+    errors.LostDecision: ({"node": "mm", "op": "aten.mm.default"}, "became of mm (aten.mm"),
     errors.RegistrationError: ({"name": "mm", "reason": "taken"}, "cannot register mm: taken"),
 }
 

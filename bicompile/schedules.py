@@ -1,0 +1,119 @@
+"""Which schedules may serve a call of one of our ops, and which one does for the sizes at hand.
+
+On a GPU the tables are those of the families (``kernels/<family>/schedules.py``); the launcher
+looks the rows up at run time, so a symbolic size is shown by its example.  On the CPU the C++
+kernels choose by the same few numbers that stand here; a test holds them against the source.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from bicompile.graph import hint, value
+from bicompile.kernels.attention import schedules as attention_table
+from bicompile.kernels.matmul import schedules as matmul_table
+from bicompile.kernels.reduce import schedules as rows_table
+from bicompile.registry import KERNELS
+
+BLOCK = 4096
+"""Largest block of a row kernel on a GPU (kernels/common/trees.py)."""
+
+FEW_ROWS = 64
+"""Below so many rows the CPU's matmul walks a transposed factor row by row (rows.h)."""
+
+FEW_COLUMN_ROWS = {True: 8, False: 24}
+"""The same for a factor that lies by columns (columns.h); by whether it is bfloat16."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The schedules of one bit class that may serve a call, and the one that does."""
+
+    chosen: str
+    allowed: tuple[str, ...]
+
+
+def choose(node: Node) -> Choice | None:
+    """The schedules of a call of ours; None for any other node."""
+    if getattr(node.target, "namespace", "") != "bicompile":
+        return None
+    kernel = KERNELS[node.target._schema.name.split("::")[1]]  # type: ignore[union-attr]
+    device = value(node.args[0]).device.type
+    function = _FUNCTIONS.get((kernel.family, device))
+    return function(kernel.name, [value(a) for a in node.args]) if function else _ONE
+
+
+_ONE = Choice("one loop over the rows", ("one loop over the rows",))
+
+
+def _text(schedule: Any) -> str:
+    return ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(schedule).items())
+
+
+def _choice(chosen: Any, allowed: Sequence[Any]) -> Choice:
+    return Choice(_text(chosen), tuple(dict.fromkeys(map(_text, (chosen, *allowed)))))
+
+
+def _factors(name: str, args: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    first = 1 if name in ("addmm", "baddbmm") else 0
+    return args[first], args[first + 1], bool(args[-1])
+
+
+def _matmul_cpu(name: str, args: Sequence[Any]) -> Choice:
+    left, right, _ = _factors(name, args)
+    rows = hint(left.shape[-2])
+    along_k = hint(right.shape[-2]) <= 1 or hint(right.stride(-2)) == 1
+    allowed = ("rows" if along_k else "columns", "panels")
+    limit = FEW_ROWS if along_k else FEW_COLUMN_ROWS[left.dtype is torch.bfloat16]
+    return Choice(allowed[rows >= limit], allowed)
+
+
+def _matmul_cuda(name: str, args: Sequence[Any]) -> Choice:
+    left, _, tf32 = _factors(name, args)
+    kind = "half" if left.dtype is not torch.float32 else "tf32" if tf32 else "ieee"
+    chosen = matmul_table.schedule(kind, hint(left.shape[-2]))
+    return _choice(chosen, matmul_table.schedules(kind))
+
+
+def _attention_cuda(name: str, args: Sequence[Any]) -> Choice:
+    query, key, val = args[:3]
+    head = max(16, *(1 << (hint(t.shape[3]) - 1).bit_length() for t in (query, val)))
+    rows = hint(query.shape[2]) * (hint(query.shape[1]) // hint(key.shape[1]))
+    size = query.element_size()
+    chosen = attention_table.schedule(size, head, rows)
+    return _choice(chosen, attention_table.schedules(size, head))
+
+
+def _rows_cuda(name: str, args: Sequence[Any]) -> Choice:
+    x = args[0]
+    sizes = [hint(s) for s in x.shape]
+    total, k = math.prod(sizes), _reduced(name, sizes, args)
+    rows = total // k if k else 0
+    block = min(1 << (max(k, 1) - 1).bit_length(), BLOCK)
+    return _choice(rows_table.schedule(rows, k, block), rows_table.schedules(k, block))
+
+
+def _reduced(name: str, sizes: Sequence[int], args: Sequence[Any]) -> int:
+    """How many terms one output has."""
+    if name in ("layer_norm", "rms_norm"):
+        return math.prod(sizes[len(sizes) - args[1] :])
+    if name == "group_norm":
+        return math.prod(sizes[1:]) // hint(args[3])
+    dims = args[2 if name == "norm" else 1]
+    dims = [dims] if isinstance(dims, int) else dims
+    return math.prod(sizes[d] for d in dims) if sizes else 1
+
+
+_FUNCTIONS: Mapping[tuple[str, str], Callable[[str, Sequence[Any]], Choice]] = {
+    ("matmul", "cpu"): _matmul_cpu,
+    ("matmul", "cuda"): _matmul_cuda,
+    ("attention", "cuda"): _attention_cuda,
+    **{(family, "cuda"): _rows_cuda for family in ("reduce", "softmax", "norm")},
+}
