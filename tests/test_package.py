@@ -25,7 +25,8 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_every_source(wheel):
     for folder in ("bicompile", "kernels", "passes"):
         for file in (ROOT / folder).rglob("*"):
-            if file.suffix in (".py", ".cpp", ".h", ".json") and "__pycache__" not in file.parts:
+            kinds = (".py", ".cpp", ".h", ".json", ".html", ".css", ".js")
+            if file.suffix in kinds and "__pycache__" not in file.parts:
                 inside = file.relative_to(ROOT)
                 if folder != "bicompile":
                     inside = Path("bicompile") / inside
