@@ -16,6 +16,7 @@ from bicompile.errors import BicompileError
 
 COMMANDS = {
     "demo": "bicompile.demo",
+    "explain": "bicompile.explain_command",
     "bench": "bicompile.bench",
     "verify": "bicompile.verify",
 }
@@ -25,7 +26,8 @@ COMMANDS = {
 def make_parser() -> argparse.ArgumentParser:
     """Build the parser from `COMMANDS`."""
     parser = argparse.ArgumentParser(
-        prog="bicompile", description="Batch-invariant torch.compile: show it, time it, verify it."
+        prog="bicompile",
+        description="Batch-invariant torch.compile: show it, explain it, time it, verify it.",
     )
     parser.add_argument("--version", action="version", version=f"bicompile {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
