@@ -26,7 +26,6 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import DiffLexer, PythonLexer
 
 from bicompile.errors import BrowserNotFound
-from bicompile.explanation_text import short_line
 from bicompile.report import Verdict
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def render(explanation: Explanation) -> str:
     texts = _Texts()
     graphs = [_graph(graph, texts) for graph in explanation.graphs]
     lines = {row.line for row in explanation.rows if row.line}
-    sources = {texts(line): code for line in sorted(lines) if (code := _source(line))}
+    sources = {texts(_place(line)): code for line in sorted(lines) if (code := _source(line))}
     data = {
         "graphs": graphs,
         "texts": list(texts.places),
@@ -94,7 +93,7 @@ def _row(row: Row, arguments: str, places: dict[str, int], texts: _Texts) -> lis
         row.holds,
         row.module,
         _VERDICTS.index(row.verdict),
-        texts(row.line),
+        texts(_place(row.line)),
         row.kind,
         [places[name] for name in row.became],
         texts(row.rule),
@@ -116,6 +115,11 @@ def _highlighted_diff(graph: GraphExplanation) -> Markup:
     return Markup(highlight(graph.diff(), DiffLexer(), _formatter()))
 
 
+def _place(line: str | None) -> str:
+    """A user's line without the folder in which packages are installed on this machine."""
+    return (line or "").rpartition("/site-packages/")[2]
+
+
 def _source(line: str) -> str | None:
     """The lines around a user's line, highlighted; None where the file is not here."""
     place = _PLACE.match(line)
@@ -127,8 +131,8 @@ def _source(line: str) -> str | None:
     if not code[number - first]:
         return None
     formatter = HtmlFormatter(nobackground=True, hl_lines=[number - first + 1])
-    shown = highlight("".join(code), PythonLexer(stripnl=False), formatter)
-    return f"<p>{short_line(line)}</p>{shown}"
+    shown: str = highlight("".join(code), PythonLexer(stripnl=False), formatter)
+    return shown.strip()
 
 
 def open_page(page: Path) -> None:

@@ -113,7 +113,7 @@ def renderable(explanation: Explanation, *, all: bool = False, width: int = WIDE
         rows = sum(len(_shown(b.layers[0], all)) for b in folded)
         if rows > LIMIT:
             raise GraphTooLarge(rows=rows, limit=LIMIT)
-        parts.append(_table(graph.name, folded, all=all, wide=width >= WIDE))
+        parts.append(_table(graph.name, folded, all=all, width=width))
     parts += [_refusal(row) for row in _different_refusals(explanation.refused)]
     return Group(*parts)
 
@@ -132,7 +132,8 @@ def _summary(explanation: Explanation) -> Text:
     )
 
 
-def _table(name: str, folded: Sequence[Block], *, all: bool, wide: bool) -> Table:
+def _table(name: str, folded: Sequence[Block], *, all: bool, width: int) -> Table:
+    wide = width >= WIDE
     rows = [row for block in folded for layer in block.layers for row in layer]
     orders = list(dict.fromkeys(r.order for r in rows if r.order))
     legend = "\n".join(f"{_letter(i)}  {order}" for i, order in enumerate(orders))
@@ -142,7 +143,7 @@ def _table(name: str, folded: Sequence[Block], *, all: bool, wide: bool) -> Tabl
     if not wide and _all_invariant(rows):
         left_out.add("class")
     columns = [name for name in COLUMNS if name not in left_out]
-    longest = max((len(b.title) for b in folded), default=0) if wide else 0
+    longest = min(max((len(b.title) for b in folded), default=0), width // 3)
     for heading in columns:
         justify: Any = "right" if heading in ("FLOP", "bytes") else "left"
         least = longest if heading == "module" else None
@@ -163,7 +164,7 @@ def _lines(
     shown = [number for number, row in enumerate(first) if _is_shown(row, all)]
     for number in shown:
         letter = _letter(orders.index(first[number].order)) if first[number].order else ""
-        yield _cells(first[number], letter) | _shares([x[number] for x in block.layers], rows)
+        yield _cells(first[number], letter, wide) | _shares([x[number] for x in block.layers], rows)
     rest = [n for n in range(len(first)) if n not in shown]
     if rest:
         others = [first[n] for n in rest]
@@ -207,22 +208,24 @@ def _is_shown(row: Row, all: bool) -> bool:
     return all or ours or row.verdict is not Verdict.INVARIANT
 
 
-def _cells(row: Row, letter: str) -> dict[str, Text | str]:
+def _cells(row: Row, letter: str, wide: bool) -> dict[str, Text | str]:
     became = row.op if row.kind in ("kept", "replaced") else f"{row.kind}: {row.op}".rstrip(": ")
     choices = f" (1 of {len(row.schedules)})" if len(row.schedules) > 1 else ""
     return {
         "module": f"  {_inside(row)}",
         "line": short_line(row.line),
-        "op": _short(row.target),
-        "becomes": "" if became == row.target and not letter else _short(became),
+        "op": _short(row.target, wide),
+        "becomes": "" if became == row.target and not letter else _short(became, wide),
         "order": letter,
         "schedule": row.schedule + choices,
         "class": Text(row.verdict.value, COLOURS[row.verdict]),
     }
 
 
-def _short(op: str) -> str:
-    return op.removesuffix(".default")
+def _short(op: str, wide: bool) -> str:
+    """The name of an op; in a narrow terminal without its namespace."""
+    name = op.removesuffix(".default")
+    return name if wide else re.sub(r"\b(aten|prims|bicompile)\.", "", name)
 
 
 def short_line(line: str | None) -> str:

@@ -88,7 +88,12 @@ def test_the_plot_is_drawn_from_the_figures(tmp_path):
         assert f"{panel}: time of bicompile" in drawn[0].read_text()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+SHOWING_OUTPUT = ("explain.md",)  # run by a test that compares what they print
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p.name not in SHOWING_OUTPUT], ids=lambda p: p.name
+)
 def test_python_blocks_run(page):
     quickstart = page.name == "README.md"  # the first block, which has a test of its own
     for block in blocks(page.read_text(), "python")[quickstart:]:
@@ -112,14 +117,40 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
+def parts_about_commands():
+    """Command -> the text that documents its options."""
+    demo, bench = (ROOT / "docs" / "demo.md").read_text().split("## Bench")
+    return {
+        "demo": demo,
+        "bench": bench,
+        "explain": (ROOT / "docs" / "explain.md").read_text(),
+        "verify": (ROOT / "docs" / "schedules.md").read_text(),
+    }
+
+
 def test_every_option_is_documented():
     from bicompile.cli import make_parser
 
-    demo, bench = (ROOT / "docs" / "demo.md").read_text().split("## Bench")
-    verify = (ROOT / "docs" / "schedules.md").read_text()
-    for name, part in {"demo": demo, "bench": bench, "verify": verify}.items():
-        commands = make_parser()._subparsers._group_actions[0].choices
+    commands = make_parser()._subparsers._group_actions[0].choices
+    for name, part in parts_about_commands().items():
         for action in commands[name]._actions:
             for option in action.option_strings:
                 if option.startswith("--") and option not in ("--help", "--debug"):
                     assert f"`{option}" in part, f"{name} {option}"
+
+
+def test_explain_shows_real_output():
+    """Programs of the page alternate with what they print."""
+    page = (ROOT / "docs" / "explain.md").read_text()
+    shown = re.findall(r"^```python\n(.*?)^```\n\n```\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(shown) == len(blocks(page, "python")) == 3
+    for program, output in shown:
+        printed = [line.rstrip() for line in execute("-c", program).rstrip().splitlines()]
+        assert printed == output.splitlines()
+
+
+def test_the_picture_is_made_by_the_command_beside_it():
+    page = (ROOT / "docs" / "explain.md").read_text()
+    (command,) = (line for line in page.splitlines() if "--picture docs/explain.png" in line)
+    assert command.startswith("bicompile explain examples.qwen3_8b:model")
+    assert (ROOT / "docs" / "explain.png").read_bytes().startswith(b"\x89PNG")

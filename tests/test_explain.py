@@ -76,7 +76,7 @@ def test_a_lost_decision_is_seen(pass_name, monkeypatch):
 
     monkeypatch.setattr(Run, "decide", forgetful)
     with pytest.raises(errors.LostDecision, match="no pass says what became of"):
-        explain("llama")
+        bicompile.explain(llama(layers=1), **PROGRAMS["llama"]()[2], dynamic=False)
 
 
 def test_a_lost_origin_is_seen(monkeypatch):

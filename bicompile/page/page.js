@@ -79,6 +79,12 @@ function choose(graph, row, box) {
   const list = make("dl");
   const say = (term, value) => value && list.append(make("dt", term), make("dd", value));
   detail.replaceChildren(make("h3", row[NAME]), list);
+  say("source", text(row[LINE]));
+  if (sources[row[LINE]]) {
+    const code = make("dd");
+    code.innerHTML = sources[row[LINE]]; // written by Pygments, which escapes the code
+    list.append(code);
+  }
   say("class", verdicts[row[VERDICT]]);
   say("captured", `${row[TARGET]}(${row[ARGUMENTS]}) -> ${row[HOLDS]}`);
   say(row[KIND], row[AFTER].map((n) => graph.after[n].slice(0, 3)).map(([n, t, a]) => `${n} = ${t}(${a})`).join("; "));
@@ -88,12 +94,6 @@ function choose(graph, row, box) {
   say("schedules allowed, all with these bits", text(row[SCHEDULES]));
   say("module", row[MODULE]);
   say("cost", row[FLOP] || row[BYTES] ? `${row[FLOP].toLocaleString("en")} FLOP, ${row[BYTES].toLocaleString("en")} bytes` : "");
-  say("source", text(row[LINE]));
-  if (sources[row[LINE]]) {
-    const code = make("div", "", "source");
-    code.innerHTML = sources[row[LINE]]; // written by Pygments, which escapes the code
-    detail.append(code);
-  }
 }
 
 function show(open) {
