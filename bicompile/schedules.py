@@ -1,13 +1,15 @@
 """Which schedules may serve a call of one of our ops, and which one does for the sizes at hand.
 
 On a GPU the tables are those of the families (``kernels/<family>/schedules.py``); the launcher
-looks the rows up at run time, so a symbolic size is shown by its example.  On the CPU the C++
+looks the rows up at run time, so a symbolic size is shown by its example, and operands are taken to
+be aligned.  On the CPU the C++
 kernels choose by the same few numbers that stand here; a test holds them against the source.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +18,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from bicompile import certificate
 from bicompile.graph import hint, value
 from bicompile.kernels.attention import schedules as attention_table
 from bicompile.kernels.matmul import schedules as matmul_table
 from bicompile.kernels.reduce import schedules as rows_table
+from bicompile.kernels.rope import schedules as rope_table
 from bicompile.registry import KERNELS
 
 BLOCK = 4096
@@ -75,29 +79,56 @@ def _matmul_cpu(name: str, args: Sequence[Any]) -> Choice:
     return Choice(allowed[rows >= limit], allowed)
 
 
+def _served(family: str, bit_class: str, wanted: Any, single: Any) -> Any:
+    """What the launcher takes here; without a GPU, what the table says."""
+    here = torch.cuda.is_available()
+    return certificate.choose(family, bit_class, wanted, single) if here else wanted
+
+
+def _capability() -> str:
+    """Of this machine's GPU; without one, of the newest that the tables know."""
+    here = torch.cuda.is_available()
+    return ".".join(map(str, torch.cuda.get_device_capability())) if here else "9.0"
+
+
 def _matmul_cuda(name: str, args: Sequence[Any]) -> Choice:
-    left, _, tf32 = _factors(name, args)
+    left, right, tf32 = _factors(name, args)
     kind = "half" if left.dtype is not torch.float32 else "tf32" if tf32 else "ieee"
-    chosen = matmul_table.schedule(kind, hint(left.shape[-2]))
-    return _choice(chosen, matmul_table.schedules(kind))
+    kind += " pair" if name == "swiglu" else ""
+    *_, rows, terms = (hint(n) for n in left.shape)
+    weights = args[1:4] if name == "qkv_proj" else [right]
+    columns = sum(hint(w.shape[-1]) for w in weights)
+    blocks = left.dim() == 2 and name != "qkv_proj" and columns % 8 == terms % 8 == 0
+    wanted = matmul_table.wanted(kind, _capability(), rows, columns, terms, blocks)
+    chosen = _served("matmul", kind, wanted, matmul_table.SINGLE[kind])
+    return _choice(chosen, matmul_table.schedules(kind, _capability()))
 
 
 def _attention_cuda(name: str, args: Sequence[Any]) -> Choice:
     query, key, val = args[:3]
     head = max(16, *(1 << (hint(t.shape[3]) - 1).bit_length() for t in (query, val)))
     rows = hint(query.shape[2]) * (hint(query.shape[1]) // hint(key.shape[1]))
-    size = query.element_size()
-    chosen = attention_table.schedule(size, head, rows)
-    return _choice(chosen, attention_table.schedules(size, head))
+    at = attention_table.key(query.element_size(), head)
+    single = attention_table.SINGLE[at]
+    wanted = attention_table.wanted(at, rows)
+    chosen = _served("attention", attention_table.bit_class(*at), wanted, single)
+    return _choice(chosen, attention_table.TABLE[at])
 
 
-def _rows_cuda(name: str, args: Sequence[Any]) -> Choice:
+def _rope_cuda(name: str, args: Sequence[Any]) -> Choice:
+    tokens = hint(args[0].shape[0]) * hint(args[0].shape[1])
+    chosen = _served("rope", "heads", rope_table.wanted(tokens), rope_table.SINGLE)
+    return _choice(chosen, rope_table.TABLE)
+
+
+def _rows_cuda(family: str, name: str, args: Sequence[Any]) -> Choice:
     x = args[0]
     sizes = [hint(s) for s in x.shape]
     total, k = math.prod(sizes), _reduced(name, sizes, args)
     rows = total // k if k else 0
-    block = min(1 << (max(k, 1) - 1).bit_length(), BLOCK)
-    return _choice(rows_table.schedule(rows, k, block), rows_table.schedules(k, block))
+    entry = rows_table.entry(k, min(1 << (max(k, 1) - 1).bit_length(), BLOCK))
+    chosen = _served(family, entry.name, rows_table.wanted(rows, entry), entry.single)
+    return _choice(chosen, (entry.single, entry.many))
 
 
 def _reduced(name: str, sizes: Sequence[int], args: Sequence[Any]) -> int:
@@ -115,5 +146,9 @@ _FUNCTIONS: Mapping[tuple[str, str], Callable[[str, Sequence[Any]], Choice]] = {
     ("matmul", "cpu"): _matmul_cpu,
     ("matmul", "cuda"): _matmul_cuda,
     ("attention", "cuda"): _attention_cuda,
-    **{(family, "cuda"): _rows_cuda for family in ("reduce", "softmax", "norm")},
+    ("rope", "cuda"): _rope_cuda,
+    **{
+        (family, "cuda"): functools.partial(_rows_cuda, family)
+        for family in ("reduce", "softmax", "norm")
+    },
 }

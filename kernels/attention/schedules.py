@@ -55,8 +55,12 @@ def schedules(size: int, head: int) -> tuple[Schedule, ...]:
 def schedule(size: int, head: int, rows: int) -> Schedule:
     """The smallest tile that holds a group of `rows` rows, else the largest tile."""
     at = key(size, head)
-    wanted = next((s for s in TABLE[at] if rows <= s.rows), TABLE[at][-1])
-    return choose("attention", bit_class(*at), wanted, SINGLE[at])
+    return choose("attention", bit_class(*at), wanted(at, rows), SINGLE[at])
+
+
+def wanted(at: tuple[int, int], rows: int) -> Schedule:
+    """What the table says for a number of rows, certified or not."""
+    return next((s for s in TABLE[at] if rows <= s.rows), TABLE[at][-1])
 
 
 def bit_class(size: int, head: int) -> str:

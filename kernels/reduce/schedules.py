@@ -47,7 +47,12 @@ def entry(k: int, block: int) -> Entry:
 def schedule(family: str, rows: int, k: int, block: int) -> Schedule:
     """The schedule for `rows` rows of k terms in blocks of `block`."""
     e = entry(k, block)
-    return choose(family, e.name, e.single if rows <= FEW else e.many, e.single)
+    return choose(family, e.name, wanted(rows, e), e.single)
+
+
+def wanted(rows: int, e: Entry) -> Schedule:
+    """What the table says for a number of rows, certified or not."""
+    return e.single if rows <= FEW else e.many
 
 
 def schedules(k: int, block: int) -> tuple[Schedule, ...]:

@@ -20,4 +20,9 @@ TABLE = (SINGLE, Schedule(8, 4))
 
 def schedule(tokens: int) -> Schedule:
     """The schedule for a number of tokens."""
-    return choose("rope", "heads", TABLE[tokens > FEW], SINGLE)
+    return choose("rope", "heads", wanted(tokens), SINGLE)
+
+
+def wanted(tokens: int) -> Schedule:
+    """What the table says, certified or not."""
+    return TABLE[tokens > FEW]
