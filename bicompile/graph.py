@@ -88,6 +88,16 @@ def subgraphs(gm: GraphModule) -> Iterator[GraphModule]:
             yield module
 
 
+_KEPT = ("stack_trace", "nn_module_stack", "original_aten", "source_fn_stack", ORIGINS)
+
+
+def replace(old: Node, new: Node) -> None:
+    """Let a node of the graph stand for another one, with its line and origins."""
+    new.meta.update({k: old.meta[k] for k in _KEPT if k in old.meta})
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
 class Emit:
     """Inserts calls before a node, with fake values, and puts the last one in its place.
 
@@ -105,11 +115,7 @@ class Emit:
         with self.graph.inserting_before(self.node):
             new = self.graph.call_function(target, args, kwargs)
         fake_args, fake_kwargs = tree_map(value, (args, kwargs))
-        new.meta = {
-            k: self.node.meta[k]
-            for k in ("stack_trace", "nn_module_stack", "original_aten", "source_fn_stack", ORIGINS)
-            if k in self.node.meta
-        }
+        new.meta = {k: self.node.meta[k] for k in _KEPT if k in self.node.meta}
         with _fake_mode(fake_args, fake_kwargs):
             new.meta["val"] = target(*fake_args, **fake_kwargs)
         return new

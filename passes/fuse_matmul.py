@@ -50,7 +50,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from bicompile.graph import Emit, value
+from bicompile.graph import Emit, carry_origins, replace, value
 from bicompile.registry import KERNELS
 
 aten = torch.ops.aten
@@ -125,11 +125,11 @@ def fuse_qkv(gm: GraphModule, *, run) -> None:
         emit = Emit(group[0])
         weights, biases = ([_parameter(emit, part[i]) for part in parts] for i in (1, 2))
         call = emit(op, parts[0][0], *weights, *biases, group[0].args[-1])
+        carry_origins(call, *group)
         outputs = [emit(getitem, call, i) for i in range(3)]
         for node, output in zip(group, outputs, strict=True):
             run.decide(node, "three products of one input side by side", became=str(op))
-            node.replace_all_uses_with(output)
-            gm.graph.erase_node(node)
+            replace(node, output)
 
 
 def _projections(gm: GraphModule) -> list[list[Node]]:

@@ -29,7 +29,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from bicompile.graph import Emit, value
+from bicompile.graph import Emit, carry_origins, replace, value
 from bicompile.registry import load_all
 
 aten = torch.ops.aten
@@ -65,11 +65,11 @@ def fuse_rope(gm: GraphModule, *, run) -> None:
         call = emit(
             op, query.input, key.input, query.weight, key.weight, key.cos, key.sin, *key.rounding
         )
-        for i, old in enumerate((query.last, key.last)):
+        carry_origins(call, query.last)
+        outputs = [emit(getitem, call, i) for i in range(2)]
+        for old, output in zip((query.last, key.last), outputs, strict=True):
             run.decide(old, "norm and rotary embedding, roundings kept", became=str(op))
-            old.replace_all_uses_with(emit(getitem, call, i))
-        gm.graph.erase_node(query.last)
-        gm.graph.erase_node(key.last)
+            replace(old, output)
         waiting = None
 
 

@@ -84,7 +84,7 @@ def test_a_lost_origin_is_seen(monkeypatch):
 
     def nameless(self, *args, **kwargs):
         node = call(self, *args, **kwargs)
-        del node.meta[graph.ORIGINS]
+        node.meta.pop(graph.ORIGINS, None)
         return node
 
     monkeypatch.setattr(graph.Emit, "__call__", nameless)
@@ -97,10 +97,17 @@ def test_layers_stand_for_all_their_fellows():
     found = explained("llama").graphs[0]
     inside = [node for node in found.after if node.name.startswith("repeated_layer/")]
     assert inside
-    computing = [node for node in inside if node.target == "bicompile.mm.default"]
+    computing = [node for node in inside if node.target == "bicompile.mm_add.default"]
     calls = [node for node in found.after if node.target == "invoke_subgraph"]
     assert len(calls) > 1
     assert {len(node.origins) for node in computing} == {len(calls)}
+
+
+BECAME = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("bicompile.qkv_proj.default", "replaced")),
+    **dict.fromkeys(("gate_proj", "up_proj"), ("bicompile.swiglu.default", "absorbed")),
+    "lm_head": ("bicompile.mm.default", "replaced"),
+}
 
 
 def test_rows_of_a_llama():
@@ -109,8 +116,9 @@ def test_rows_of_a_llama():
     products = [row for row in rows if row.target == "aten.mm.default"]
     assert len(products) == 3 * 7 + 1
     for row in products:
-        assert (row.op, row.kind) == ("bicompile.mm.default", "replaced")
-        assert row.rule == "replace -> bicompile.mm.default"
+        name = row.module.rpartition(".")[2]
+        assert (row.op, row.kind) == BECAME.get(name, ("bicompile.mm_add.default", "absorbed"))
+        assert row.rule.startswith(("replace -> bicompile.mm.default", "fuse -> bicompile.qkv"))
         assert "never split" in row.order
         assert row.schedule in row.schedules
     gate = next(row for row in products if row.module == "model.layers.1.mlp.gate_proj")
@@ -227,7 +235,7 @@ def test_shapes_do_not_follow_earlier_calls():
 def test_text_folds_layers():
     text = explained("llama").text(width=160)
     assert "model.layers.0-2 (3 equal layers)" in text
-    assert text.count("mlp.gate_proj") == 1
+    assert text.count("self_attn.q_proj") == 1
     assert "modeling_llama.py:" in text
     assert "one chain over K in pinned steps" in text
     assert max(map(len, explained("llama").text(width=80).splitlines())) <= 80
