@@ -195,3 +195,18 @@ def test_attention_accuracy(dtype):
         exact = _exact(q, k, v, _causal(n, n) if causal else None)
         theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
         no_worse(sdpa(q, k, v, causal=causal, dtype=dtype), theirs, exact)
+
+
+@law
+@each_dtype
+def test_a_row_that_sees_nothing_stands_beside_rows_that_see_all(dtype):
+    n = LONG // 2
+    q, k, v = _qkv(1, 2, 1, n, n, 32, 32, dtype)
+    mask = torch.ones(1, 1, n, n, dtype=torch.bool, device=DEVICE)
+    whole = sdpa(q, k, v)
+    mask[:, :, n // 3] = False
+    for split in (False, True):
+        got = sdpa(q, k, v, mask, split=split)
+        assert (got[:, :, n // 3] == 0).all()
+        same(got[:, :, n // 3 + 1 :], whole[:, :, n // 3 + 1 :])
+        same(got[:, :, : n // 3], whole[:, :, : n // 3])

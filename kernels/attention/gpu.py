@@ -128,6 +128,9 @@ def attention_kernel(
             mt, lt, at = m, l, a
         else:
             mt, lt, at = merge(mt, lt, at, m, l, a)
+    blind = last < first  # beside rows that see whole tiles
+    mt = tl.where(blind, float("-inf"), mt)
+    lt = tl.where(blind, 0.0, lt)
     e = tl.arange(0, DVP)[None, :]
     inside = here[:, None] & (e < DV)
     if SPLIT:
