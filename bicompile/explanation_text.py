@@ -204,12 +204,13 @@ def _shown(rows: Sequence[Row], all: bool) -> list[Row]:
 
 def _is_shown(row: Row, all: bool) -> bool:
     """Whether a row combines numbers in an order of ours, or lies outside the guarantee."""
-    ours = row.op.startswith("bicompile.") and row.kind in ("kept", "replaced")
+    ours = row.op.startswith("bicompile.") and (row.kind in ("kept", "replaced") or row.flop)
     return all or ours or row.verdict is not Verdict.INVARIANT
 
 
 def _cells(row: Row, letter: str, wide: bool) -> dict[str, Text | str]:
-    became = row.op if row.kind in ("kept", "replaced") else f"{row.kind}: {row.op}".rstrip(": ")
+    plain = row.kind in ("kept", "replaced") or (row.op and not wide)
+    became = row.op if plain else f"{row.kind}: {row.op}".rstrip(": ")
     choices = f" (1 of {len(row.schedules)})" if len(row.schedules) > 1 else ""
     return {
         "module": f"  {_inside(row)}",

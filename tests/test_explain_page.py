@@ -125,15 +125,15 @@ def test_filter(fresh):
 
 
 def test_click_shows_the_source(fresh):
-    fresh.view.fill("#search", "gate_proj bicompile.mm")
+    fresh.view.fill("#search", "q_proj aten.mm")
     fresh.rows().first.click()
     detail = fresh.view.locator("#detail").inner_text()
-    assert "self.gate_proj(x)" in detail
-    assert "replace -> bicompile.mm.default" in detail
+    assert "self.q_proj(hidden_states)" in detail
+    assert "fuse -> bicompile.qkv_proj.default" in detail
     assert "never split" in detail
     assert "rows; panels" in detail
-    assert "model.layers.0.mlp.gate_proj" in detail
-    assert fresh.view.locator("#detail .hll").inner_text().strip().startswith("down_proj = ")
+    assert "model.layers.0.self_attn.q_proj" in detail
+    assert fresh.view.locator("#detail .hll").inner_text().strip().startswith("query_states = ")
 
 
 def test_unified_diff(fresh):
@@ -142,7 +142,9 @@ def test_unified_diff(fresh):
     view.click("#unified")
     text = view.locator("#diff").inner_text()
     assert re.search(r"^-mm: .* = aten\.mm\.default", text, re.MULTILINE)
-    assert re.search(r"^\+\S*mm_default: .* = bicompile\.mm\.default", text, re.MULTILINE)
+    assert re.search(
+        r"^\+\S*qkv_proj_default: .* = bicompile\.qkv_proj\.default", text, re.MULTILINE
+    )
     view.click("#unified")
     assert view.locator("#tree").is_visible()
 
