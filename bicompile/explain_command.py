@@ -13,7 +13,7 @@ from bicompile.explainer import explain
 from bicompile.lock import Lock
 
 DTYPES = ("float32", "bfloat16", "float16")
-SHAPES = {"batch": None, "static": False, "dynamic": True}
+SHAPES = {"static": False, "batch": None, "dynamic": True}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=16, help="tokens of a row (default: 16)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="need not be there")
     parser.add_argument(
-        "--shapes", choices=SHAPES, default="batch", help="which sizes vary (default: the batch)"
+        "--shapes", choices=SHAPES, default="static", help="which sizes vary (default: none)"
     )
     parser.add_argument("--training", action="store_true", help="also explain the gradient")
     parser.add_argument("--all", action="store_true", help="a row for every node")

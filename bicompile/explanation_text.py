@@ -204,7 +204,7 @@ def _shown(rows: Sequence[Row], all: bool) -> list[Row]:
 
 def _is_shown(row: Row, all: bool) -> bool:
     """Whether a row combines numbers in an order of ours, or lies outside the guarantee."""
-    ours = row.op.startswith("bicompile.") and (row.kind in ("kept", "replaced") or row.flop)
+    ours = row.op.startswith("bicompile.") and (row.kind in ("kept", "replaced") or row.flop > 0)
     return all or ours or row.verdict is not Verdict.INVARIANT
 
 

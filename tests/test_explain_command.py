@@ -107,7 +107,7 @@ def test_files(here, capsys):
     assert run("programs:model", *arguments) == 0
     assert json.loads((here / "out.json").read_text())["title"] == "Sequential"
     assert "<title>Sequential" in (here / "out.html").read_text()
-    assert run("programs:model", "--shapes", "static", "--check", "out.lock") == 0
+    assert run("programs:model", "--shapes", "dynamic", "--check", "out.lock") == 0
     assert "out.lock: the same numbers, 2 steps" in capsys.readouterr().out
 
 
