@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch.utils._pytree import tree_map
 _FRAME = re.compile(
     r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)\n\s*(?P<code>.*)'
 )
+# PyTorch's own modules, and the wrapper in which a model is traced.
+_NOT_THE_USERS = tuple(str(Path(file).parent) for file in (torch.__file__, __file__))
 
 
 def value(x: Any) -> Any:
@@ -21,11 +24,15 @@ def value(x: Any) -> Any:
 
 
 def user_line(node: Node) -> str | None:
-    """The line of the user's program that a node came from, as ``file:line, in function: code``."""
-    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    """The line of the user's program that a node came from, as ``file:line, in function: code``.
+
+    The innermost one outside PyTorch's own modules and this package, if there is one.
+    """
+    frames = [m.groupdict() for m in _FRAME.finditer(node.meta.get("stack_trace") or "")]
     if not frames:
         return None
-    frame = frames[-1].groupdict()
+    outside = [f for f in frames if not f["file"].startswith(_NOT_THE_USERS)]
+    frame = (outside or frames)[-1]
     return f"{frame['file']}:{frame['line']}, in {frame['function']}: {frame['code'].strip()}"
 
 
