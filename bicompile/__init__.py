@@ -1,7 +1,7 @@
 """bicompile: a torch.compile backend that gives each row the same bits, whatever else is there.
 
-Public names: the backend ``"batch_invariant"`` of torch.compile, `compile`, `explain`, `compare`
-and `errors`.
+Public names: the backend ``"batch_invariant"`` of torch.compile, `compile`, `explain`, `compare`,
+`errors` and `independence`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "compare", "compile", "errors", "explain"]
+__all__ = ["__version__", "compare", "compile", "errors", "explain", "independence"]
 
 if TYPE_CHECKING:
-    from bicompile import errors
+    from bicompile import errors, independence
     from bicompile.api import compile
     from bicompile.comparison import compare
     from bicompile.explainer import explain
@@ -26,6 +26,6 @@ def __getattr__(name: str) -> Any:
 
     if name in _HOMES:
         return getattr(importlib.import_module(f"bicompile.{_HOMES[name]}"), name)
-    if name == "errors":
-        return importlib.import_module("bicompile.errors")
+    if name in ("errors", "independence"):
+        return importlib.import_module(f"bicompile.{name}")
     raise AttributeError(f"module 'bicompile' has no attribute {name!r}")
