@@ -1,7 +1,7 @@
 """bicompile: a torch.compile backend that gives each row the same bits, whatever else is there.
 
 Public names: the backend ``"batch_invariant"`` of torch.compile, `compile`, `explain`, `compare`,
-`errors` and `independence`.
+`bisect`, `errors` and `independence`.
 """
 
 from __future__ import annotations
@@ -9,15 +9,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "compare", "compile", "errors", "explain", "independence"]
+__all__ = ["__version__", "bisect", "compare", "compile", "errors", "explain", "independence"]
 
 if TYPE_CHECKING:
     from bicompile import errors, independence
     from bicompile.api import compile
+    from bicompile.bisector import bisect
     from bicompile.comparison import compare
     from bicompile.explainer import explain
 
-_HOMES = {"compile": "api", "explain": "explainer", "compare": "comparison"}
+_HOMES = {
+    "compile": "api",
+    "explain": "explainer",
+    "compare": "comparison",
+    "bisect": "bisector",
+}
 
 
 def __getattr__(name: str) -> Any:
