@@ -21,6 +21,7 @@ from bicompile.api import check_settings
 from bicompile.errors import UnsafeSetting
 from bicompile.explanation import Explanation, GraphExplanation
 from bicompile.graph import describe
+from bicompile.independence import Independence, prove
 from bicompile.options import Options
 from bicompile.pipeline import OPTIONAL, Run
 from bicompile.report import Report
@@ -75,13 +76,16 @@ def explain(
         check_settings(model)
     given = ", ".join([*map(describe, args), *(f"{k}={describe(v)}" for k, v in kwargs.items())])
     graphs: list[GraphExplanation] = []
+    proofs: list[Independence] = []
     seen: list[str] = []
     with dry_capture.placed(model, (args, kwargs), device) as (args, kwargs):
         if dynamic is None:
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, torch.Tensor):
                     capture.mark_batch_dynamic(leaf)
-        watch = functools.partial(_backend, options=parsed, graphs=graphs, devices=seen)
+        watch = functools.partial(
+            _backend, options=parsed, graphs=graphs, proofs=proofs, devices=seen
+        )
         _trace(model, args, kwargs, watch, dynamic=dynamic, training=training, given=given)
     where = "cuda" if "cuda" in seen else "cpu"
     title = getattr(model, "__qualname__", type(model).__name__)
@@ -92,7 +96,7 @@ def explain(
         "training": training,
         "options": dict(options or {}),
     }
-    return Explanation(title, graphs, pins.pins(graphs, where), settings)
+    return Explanation(title, graphs, pins.pins(graphs, where), settings, proofs)
 
 
 def _trace(
@@ -125,6 +129,7 @@ def _backend(
     *,
     options: Options,
     graphs: list[GraphExplanation],
+    proofs: list[Independence],
     devices: list[str],
 ) -> Any:
     """The backend up to Inductor, and out again."""
@@ -135,6 +140,8 @@ def _backend(
 
         def finish(run: Run, gm: GraphModule, inputs: list[Any], **kwargs: Any) -> Any:
             graphs.append(GraphExplanation.of(gm, run, () if run.backward else names))
+            if not run.backward:
+                proofs.extend(prove(gm))
             return gm.forward
 
         def run(**kinds: bool) -> Run:

@@ -14,6 +14,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from bicompile import provenance, schedules
+from bicompile.independence import Independence
 from bicompile.pipeline import Run
 from bicompile.program import Step, steps
 from bicompile.provenance import Fate, Snapshot
@@ -170,14 +171,15 @@ class Explanation:
         graphs: its graphs; one, or forward and backward in training.
         pins: what the bits depend on besides the graph, by name.
         settings: what the program was explained for.
-        independence: proofs that no row reads another, where they were asked for.
+        independence: for each output, whether its rows are proven to read no other row (see
+            `bicompile.independence`); nothing is known where the batch size is a number.
     """
 
     title: str
     graphs: list[GraphExplanation]
     pins: dict[str, str]
     settings: dict[str, Any] = field(default_factory=dict)
-    independence: list[Any] = field(default_factory=list)
+    independence: list[Independence] = field(default_factory=list)
 
     @property
     def rows(self) -> list[Row]:
@@ -214,7 +216,7 @@ class Explanation:
             "settings": self.settings,
             "pins": self.pins,
             "counts": self.counts(),
-            "independence": self.independence,
+            "independence": [dataclasses.asdict(proof) for proof in self.independence],
             "graphs": [{"name": g.name, "nodes": [r.json() for r in g.rows]} for g in self.graphs],
         }
         return json.dumps(document, indent=1, default=str)

@@ -354,3 +354,26 @@ def test_input_names():
 
     torch.compile(mlp().forward, backend=backend)(X)
     assert set(seen) >= {"0.weight", "0.bias", "input args.0", "2.weight", "2.bias"}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_rows_are_proven_independent(name):
+    proofs = explained(name).independence
+    assert proofs
+    assert {p.verdict for p in proofs} == {"proven"}
+
+
+def test_joined_ops_are_followed():
+    """And a mixer is named: the loss is over the batch."""
+
+    q, k, v = (torch.randn(8, 8) for _ in range(3))
+
+    def program(x):
+        a, b, c = x @ q, x @ k, x @ v
+        h = x + F.silu(a) * b
+        return h + c @ q, (h * h).mean()
+
+    found = bicompile.explain(program, torch.randn(5, 8))
+    assert [p.verdict for p in found.independence] == ["proven", "mixes"]
+    assert "mean" in found.independence[1].node
+    assert json.loads(found.json())["independence"][1]["verdict"] == "mixes"

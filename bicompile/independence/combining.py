@@ -102,7 +102,9 @@ def batch_norm(call: Call) -> list[Value]:
 # ------------------------------------------------------------------------------------- products
 
 _CASES: dict[str, tuple[Case, ...]] = {
-    name: load_all()[name].contract.cases for name in ("mm", "bmm", "addmm", "baddbmm")
+    name: kernel.contract.cases
+    for name, kernel in load_all().items()
+    if kernel.family in ("matmul", "rope")
 } | {
     "mv": (Case("self: M K, vec: K -> M"),),
     "dot": (Case("self: K, tensor: K ->"),),
@@ -112,17 +114,26 @@ _CASES: dict[str, tuple[Case, ...]] = {
 }
 
 
-def by_letters(call: Call) -> Value:
-    """Axes of one letter meet; a letter that is not in the result is summed over."""
+def by_letters(call: Call) -> Value | list[Value]:
+    """Axes of one letter meet; a letter that is in no result is summed over."""
     case = max(_CASES[call.name], key=lambda c: len(c.inputs[0].axes))
     met: dict[str, Axis] = {}
     for arg in case.inputs:
-        value = call[arg.name]
+        if (value := call.get(arg.name)) is None:
+            continue
         for letter, axis in zip(arg.axes[len(arg.axes) - value.rank :], value.axes, strict=True):
             met[letter] = join(met.get(letter, ()), axis)
-    (out,) = case.outputs
-    call.combined(*(met[a] for a in met if a not in out), how="sums over")
-    return Value(tuple(met[a] for a in out))
+    kept = {letter for out in case.outputs for letter in out}
+    call.combined(*(met[a] for a in met if a not in kept), how="sums over")
+    outputs = [Value(tuple(met[a] for a in out)) for out in case.outputs]
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def heads(call: Call) -> list[Value]:
+    """Heads of queries and of keys: each is normalised and turned by itself."""
+    outputs = by_letters(call)
+    call.combined(call["query"].axes[-1], call["key"].axes[-1], how="normalises over")
+    return outputs  # type: ignore[return-value]
 
 
 def linear(call: Call) -> Value:
