@@ -21,7 +21,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from bicompile import graph, independence
@@ -29,7 +29,8 @@ from bicompile.errors import GraphBreak, UnsafeSetting
 from bicompile.independence.axes import Value
 from bicompile.independence.trace import BatchAxes, Traced, trace
 from bicompile.independence.walk import shape_of
-from bicompile.testing import bits
+from bicompile.instrumented import Watcher, compiled, with_results
+from bicompile.testing import bits, pattern, ulps
 
 Program = str | Callable[[GraphModule], Callable[..., Any]]
 PROGRAMS = ("eager", "inductor", "bicompile")
@@ -222,7 +223,7 @@ class Side:
         """What the model returns, run by the program as it is."""
         if callable(self.program):
             return self.program(self.gm)(*self.arguments)
-        return _compiled(self.model, self.program)(*self.args, **self.kwargs)
+        return compiled(self.model, self.program)(*self.args, **self.kwargs)
 
     def part(self, node: Node, value: torch.Tensor) -> torch.Tensor | None:
         """The row's part of a node's value; None where it is not known."""
@@ -248,11 +249,11 @@ class Side:
         """Values of some nodes, and the results of the same run."""
         if self.program == "eager":
             wanted = set(nodes)
-            watcher = _Watcher(self.gm, wanted)
+            watcher = Watcher(self.gm, wanted)
             results = watcher.run(*self.arguments)
             return watcher.seen, _tensors(results)
         gm = with_results(self.gm, nodes)
-        run = self.program(gm) if callable(self.program) else _compiled(gm, self.program)
+        run = self.program(gm) if callable(self.program) else compiled(gm, self.program)
         seen, results = run(*self.arguments)
         return dict(zip(nodes, seen, strict=True)), _tensors(results)
 
@@ -273,39 +274,6 @@ def _same(results: Sequence[torch.Tensor], expected: Any) -> bool:
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
-
-
-class _Watcher(Interpreter):
-    """Runs a graph node by node and keeps the values of some."""
-
-    def __init__(self, gm: GraphModule, wanted: set[Node]) -> None:
-        super().__init__(gm)
-        self.wanted = wanted
-        self.seen: dict[Node, torch.Tensor] = {}
-
-    def run_node(self, n: Node) -> Any:
-        """Run one node."""
-        result = super().run_node(n)
-        if n in self.wanted:
-            self.seen[n] = result
-        return result
-
-
-def _compiled(model: torch.nn.Module, program: Program) -> Callable[..., Any]:
-    if program == "eager":
-        return model
-    torch.compiler.reset()  # or a graph of another batch size would be taken
-    backend = "inductor" if program == "inductor" else "batch_invariant"
-    return torch.compile(model, backend=backend)
-
-
-def with_results(gm: GraphModule, nodes: Sequence[Node]) -> GraphModule:
-    """A copy of a graph that returns (values of nodes, results)."""
-    copies: dict[Node, Node] = {}
-    new = torch.fx.Graph()
-    result = new.graph_copy(gm.graph, copies)
-    new.output(([copies[n] for n in nodes], result))
-    return GraphModule(gm, new)
 
 
 class Search:
@@ -408,30 +376,3 @@ class Search:
                 for t in (x, y)
             )
         return x, y
-
-
-def pattern(x: torch.Tensor) -> str:
-    """The bits of one number in hex."""
-    size = x.element_size()
-    return f"{_integer(x) & ((1 << 8 * size) - 1):#0{2 + 2 * size}x}"
-
-
-def _integer(x: torch.Tensor) -> int:
-    kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-    return int(x.reshape(1).contiguous().view(kinds[x.element_size()]).item())
-
-
-def ulps(x: torch.Tensor, y: torch.Tensor) -> int:
-    """How many representable numbers lie from one number to the other.
-
-    Example:
-        >>> ulps(torch.tensor(1.0), torch.nextafter(torch.tensor(1.0), torch.tensor(2.0)))
-        1
-    """
-    if not x.dtype.is_floating_point:
-        return abs(int(x) - int(y))
-    # Negative numbers count downwards from zero.
-    a, b = (
-        n if (n := _integer(t)) >= 0 else -(n + (1 << 8 * t.element_size() - 1)) for t in (x, y)
-    )
-    return abs(a - b)

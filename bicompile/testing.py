@@ -280,3 +280,30 @@ def error_against_float64(op: Op, sample: Sample) -> tuple[float, float, float]:
     errors = ((x.double() - true).nan_to_num() for x in (ours, torchs, true.to(ours.dtype)))
     ours_rms, torchs_rms, rounding = (e.square().mean().sqrt().item() for e in errors)
     return ours_rms, torchs_rms, rounding
+
+
+def pattern(x: torch.Tensor) -> str:
+    """The bits of one number in hex."""
+    size = x.element_size()
+    return f"{_integer(x) & ((1 << 8 * size) - 1):#0{2 + 2 * size}x}"
+
+
+def _integer(x: torch.Tensor) -> int:
+    kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+    return int(x.reshape(1).contiguous().view(kinds[x.element_size()]).item())
+
+
+def ulps(x: torch.Tensor, y: torch.Tensor) -> int:
+    """How many representable numbers lie from one number to the other.
+
+    Example:
+        >>> ulps(torch.tensor(1.0), torch.nextafter(torch.tensor(1.0), torch.tensor(2.0)))
+        1
+    """
+    if not x.dtype.is_floating_point:
+        return abs(int(x) - int(y))
+    # Negative numbers count downwards from zero.
+    a, b = (
+        n if (n := _integer(t)) >= 0 else -(n + (1 << 8 * t.element_size() - 1)) for t in (x, y)
+    )
+    return abs(a - b)

@@ -12,7 +12,7 @@ from tiny_model import make_tiny_model
 from torch import nn
 
 import bicompile
-from bicompile import bisect_command, bisector, cli, models
+from bicompile import bisect_command, bisector, cli, models, testing
 from bicompile.errors import UnsafeSetting
 
 F = nn.functional
@@ -337,13 +337,13 @@ def test_wrong_arguments(decoder):
 
 def test_ulps():
     one = torch.tensor(1.0)
-    assert bisector.ulps(one, torch.nextafter(one, 2 * one)) == 1
-    assert bisector.ulps(torch.tensor(0.0), torch.tensor(-0.0)) == 0
+    assert testing.ulps(one, torch.nextafter(one, 2 * one)) == 1
+    assert testing.ulps(torch.tensor(0.0), torch.tensor(-0.0)) == 0
     smallest = torch.tensor(1e-45)
-    assert bisector.ulps(smallest, -smallest) == 2
-    assert bisector.ulps(torch.tensor(1.0).bfloat16(), torch.tensor(1.0078125).bfloat16()) == 1
-    assert bisector.pattern(torch.tensor(-0.0)) == "0x80000000"
-    assert bisector.pattern(torch.tensor(1.0).bfloat16()) == "0x3f80"
+    assert testing.ulps(smallest, -smallest) == 2
+    assert testing.ulps(torch.tensor(1.0).bfloat16(), torch.tensor(1.0078125).bfloat16()) == 1
+    assert testing.pattern(torch.tensor(-0.0)) == "0x80000000"
+    assert testing.pattern(torch.tensor(1.0).bfloat16()) == "0x3f80"
 
 
 def test_rows_that_mix():
