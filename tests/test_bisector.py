@@ -12,7 +12,7 @@ from tiny_model import make_tiny_model
 from torch import nn
 
 import bicompile
-from bicompile import bisect_command, bisector, cli, models, testing
+from bicompile import bisect_command, bisector, cli, models
 from bicompile.errors import UnsafeSetting
 
 F = nn.functional
@@ -333,17 +333,6 @@ def test_wrong_arguments(decoder):
     for wrong in ({"row": 3}, {"program": "tvm"}, {"padding": "middle"}):
         with pytest.raises(UnsafeSetting):
             bicompile.bisect(decoder, x, **{"row": 0, **wrong})
-
-
-def test_ulps():
-    one = torch.tensor(1.0)
-    assert testing.ulps(one, torch.nextafter(one, 2 * one)) == 1
-    assert testing.ulps(torch.tensor(0.0), torch.tensor(-0.0)) == 0
-    smallest = torch.tensor(1e-45)
-    assert testing.ulps(smallest, -smallest) == 2
-    assert testing.ulps(torch.tensor(1.0).bfloat16(), torch.tensor(1.0078125).bfloat16()) == 1
-    assert testing.pattern(torch.tensor(-0.0)) == "0x80000000"
-    assert testing.pattern(torch.tensor(1.0).bfloat16()) == "0x3f80"
 
 
 def test_rows_that_mix():

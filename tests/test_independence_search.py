@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from test_independence import Model
+from perturbed import Model
 
 from bicompile.independence import MIXES, PROVEN, combining, prove_model, rules
 
