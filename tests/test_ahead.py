@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from rewriting import rewrite, x
+from torch.utils._pytree import tree_map
 
-from bicompile import ahead, certificate
+from bicompile import ahead, certificate, registry, testing
 
 pytest.importorskip("triton")
+from triton.runtime.jit import JITFunction
+
 from bicompile.kernels.common import launch as launching
 from bicompile.kernels.matmul import gpu as matmul
 from bicompile.kernels.matmul.schedules import table
 from bicompile.kernels.reduce import gpu as reduce
+
+KERNELS = registry.load_all()
 
 
 @pytest.fixture
@@ -90,3 +97,20 @@ def test_no_kernel_is_built_after_compilation():
         finally:
             knobs.runtime.jit_post_compile_hook = None
     assert seen == []
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_every_op_can_be_built_without_being_run(kernel, monkeypatch):
+    """With meta tensors every launch of every family only compiles."""
+    runs = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *a, warmup, **k: runs.append(warmup))
+    monkeypatch.setattr(certificate, "permits", lambda *a: True)
+    monkeypatch.setattr(launching, "_real", lambda device: torch.device("cpu"))
+    function = getattr(
+        importlib.import_module(f"bicompile.kernels.{kernel.family}.gpu"), kernel.name
+    )
+    for case in kernel.contract.cases:
+        sizes = dict.fromkeys(case.axes, 16) | {"G": case.params.get("groups", 1), "C": 4}
+        sample = testing.make_sample(kernel, case, torch.bfloat16, sizes)
+        function(*tree_map(lambda x: x.to("meta") if torch.is_tensor(x) else x, sample.arguments()))
+    assert set(runs) == {True}

@@ -12,7 +12,8 @@ import triton.language as tl
 from bicompile.kernels.attention.masks import NO_KEY, ranges
 from bicompile.kernels.attention.schedules import schedule, splits
 from bicompile.kernels.attention.tiles import attend_chunk, merge, merge_run
-from bicompile.kernels.common.trees import LOG2E, OPTIONS, strides
+from bicompile.kernels.common.launch import after_others, launch
+from bicompile.kernels.common.trees import LOG2E, strides
 
 CHUNK = 512  # pinned: keys of a chunk
 MERGE_ROWS = 4  # rows of a program of the merge (free)
@@ -92,9 +93,10 @@ def attention_kernel(
     sqb, sqh, sqm, sqd, skb, skh, sks, skd, svb, svh, svs, svd, smb, smh, smq, sms, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr,
     DVP: tl.constexpr, R: tl.constexpr, T: tl.constexpr, PER: tl.constexpr, MODE: tl.constexpr,
-    BIAS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    BIAS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of R rows, batch row x key head[, chunk]); row = query x head of the group."""
+    after_others(PDL)
     bh, b, row, here, query, head = _rows(BH, TILES, Q_LEN, H, G, R)
     first, last, plain = _row_ranges(
         FIRST, LAST, PLAIN, rb, rh, rq, b, head, query, here, S, MODE, R
@@ -153,9 +155,10 @@ def finish(l, a, OUT):
 @triton.jit(do_not_specialize=["ROWS", "Q_LEN", "CHUNKS"])
 def merge_kernel(
     TOP, SUM, ACC, OUT, ROWS, Q_LEN, CHUNKS, H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr,
-    R: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
+    R: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (R rows, COLUMNS of the head): chunks in rising order, AHEAD of them at a time."""
+    after_others(PDL)
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     e = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mt = tl.full([R], float("-inf"), tl.float32)
@@ -214,20 +217,22 @@ def sdpa(query, key, value, attn_mask, is_causal, scale, chosen=None, split=None
     mask_strides = numbers[5:]
     split = split and s > 0
     top, total, acc = (out, out, out) if not split else _scratch(b * hkv * rows, chunks, dv, out)
-    attention_kernel[(tiles * b * hkv, chunks if split else 1)](
+    launch(
+        attention_kernel, (tiles * b * hkv, chunks if split else 1),
         query, key, value, *arrays, acc, top, total,
         b * hkv, q_len, s, tiles, chunks, parts, *row_strides,
         *strides(query), *strides(key), *strides(value), *mask_strides, scale * LOG2E.value,
         H=h, G=g, D=d, DV=dv, DP=dp, DVP=dvp, R=use.rows, T=tile, PER=CHUNK // tile,
         MODE=_mode(attn_mask, is_causal),
         BIAS=bias, SPLIT=split, STAGES=use.stages,
-        num_warps=use.warps, num_stages=use.stages, maxnreg=use.registers or None, **OPTIONS,
+        num_warps=use.warps, num_stages=use.stages, maxnreg=use.registers or None,
     )  # fmt: skip
     if split:
         columns = min(dvp, 32)
-        merge_kernel[(triton.cdiv(b * hkv * rows, MERGE_ROWS), dvp // columns)](
+        launch(
+            merge_kernel, (triton.cdiv(b * hkv * rows, MERGE_ROWS), dvp // columns),
             top, total, acc, out, b * hkv * rows, q_len, chunks,
-            H=h, G=g, DV=dv, R=MERGE_ROWS, COLUMNS=columns, AHEAD=4, num_warps=1, **OPTIONS,
+            H=h, G=g, DV=dv, R=MERGE_ROWS, COLUMNS=columns, AHEAD=4, num_warps=1,
         )  # fmt: skip
     return out.transpose(1, 2)
 

@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from bicompile.kernels.common.trees import OPTIONS, strides
+from bicompile.kernels.common.launch import after_others, launch
+from bicompile.kernels.common.trees import strides
 
 NO_KEY = tl.constexpr(1 << 30)
 
@@ -12,9 +13,10 @@ NO_KEY = tl.constexpr(1 << 30)
 @triton.jit(do_not_specialize=["QUERIES", "ROWS", "S", "PARTS"])
 def range_kernel(
     MASK, FIRST, LAST, PLAIN, START, QUERIES, ROWS, S, PARTS, smb, smh, smq, sms,
-    BIAS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    BIAS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (batch row, R mask rows): first, last, plain of each row; the first of them all."""
+    after_others(PDL)
     b = (tl.program_id(0) // PARTS).to(tl.int64)
     part = tl.program_id(0) % PARTS
     r = part * R + tl.arange(0, R)
@@ -65,9 +67,9 @@ def ranges(mask: torch.Tensor, b: int, h: int, q: int, s: int):
     )
     places = strides(mask.expand(mb, mh, mq, s))
     bias = mask.dtype.is_floating_point
-    range_kernel[(mb * parts,)](
-        mask, first, last, plain, start, mq, rows, s, parts, *places,
-        BIAS=bias, R=per, C=columns, num_warps=4, **OPTIONS,
+    launch(
+        range_kernel, mb * parts, mask, first, last, plain, start, mq, rows, s, parts, *places,
+        BIAS=bias, R=per, C=columns, num_warps=4,
     )  # fmt: skip
     own = (0 if mb == 1 else rows, 0 if mh == 1 else mq, 0 if mq == 1 else 1)
     return (mask, first, last, plain, start), (parts, *own, 0 if mb == 1 else parts, *places)
