@@ -1,4 +1,4 @@
-"""Put our ops in the place of PyTorch's, by the table in `passes/rules.py`.
+"""Put our ops in the place of PyTorch's, by the table in `passes/rules/`.
 
 Before::
 

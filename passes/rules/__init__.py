@@ -1,0 +1,28 @@
+"""RULES: aten overload -> our op, one entry per overload, in one table.
+
+An entry is `(overload, name of our op, bind)` in the file of its family.  `bind` has the aten op's
+own signature behind `emit` (see `bicompile.graph.Emit`); it emits the calls that take the node's
+place and returns the last one, or a tuple for several outputs (None for an output that may not be
+used).  It returns `NotImplemented` where the rule does not apply; the audit then says what becomes
+of the node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from bicompile.passes.rules import matmul, norm, reduce
+from bicompile.passes.rules.common import KERNELS, Rule
+from bicompile.passes.rules.norm import OVER_THE_BATCH
+
+__all__ = ["OVER_THE_BATCH", "RULES", "Rule"]
+
+_FAMILIES = (matmul, reduce, norm)
+
+RULES: Mapping[torch._ops.OpOverload, Rule] = {
+    overload: Rule(overload, KERNELS[name], bind)
+    for family in _FAMILIES
+    for overload, name, bind in family.RULES
+}

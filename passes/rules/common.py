@@ -1,0 +1,57 @@
+"""What the binding functions of several families share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from bicompile.graph import value
+from bicompile.registry import Kernel, load_all
+
+KERNELS = load_all()
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`target` becomes `kernel`, with arguments arranged by `bind`."""
+
+    target: torch._ops.OpOverload
+    kernel: Kernel
+    bind: Callable[..., Any]
+
+
+def size(emit, x, dim, known):
+    """A size as an argument of a view: the number, or the node that computes it."""
+    return known if isinstance(known, int) else emit(aten.sym_size.int, x, dim)
+
+
+def dims(x: Node, dim: Any) -> list[int]:
+    """The reduced axes, counted from the front and in order; None and () mean all."""
+    rank = value(x).dim()
+    if dim is None or (isinstance(dim, Sequence) and len(dim) == 0):
+        return list(range(rank))
+    given = [dim] if isinstance(dim, int) else dim
+    return sorted(d % rank for d in given) if rank else []
+
+
+def outputs(emit, call, count):
+    """The first `count` results of a call."""
+    return tuple(emit(getitem, call, i) for i in range(count))
+
+
+def same_dtype(emit, x, *weights):
+    """Mixed dtypes are computed in fp32, as PyTorch does, and rounded to x's dtype at the end."""
+    if all(w is None or value(w).dtype is value(x).dtype for w in weights):
+        return x, *weights
+    convert = prims.convert_element_type.default
+    return tuple(
+        t if t is None or value(t).dtype is torch.float32 else emit(convert, t, torch.float32)
+        for t in (x, *weights)
+    )

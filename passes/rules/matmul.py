@@ -1,0 +1,72 @@
+"""Matrix products: one K chain, whichever op spells it."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from bicompile.graph import value
+from bicompile.passes.rules.common import KERNELS, aten, size
+
+
+def tf32(x: Node) -> bool:
+    """Whether fp32 products may be rounded to tf32 first: only if the user said so, on a GPU."""
+    val = value(x)
+    lowered = torch.get_float32_matmul_precision() != "highest"
+    return val.device.type == "cuda" and val.dtype is torch.float32 and lowered
+
+
+def _mm(emit, self, mat2):
+    return emit(KERNELS["mm"].op, self, mat2, tf32(self))
+
+
+def _bmm(emit, self, mat2):
+    return emit(KERNELS["bmm"].op, self, mat2, tf32(self))
+
+
+def _addmm(emit, self, mat1, mat2, *, beta=1, alpha=1):
+    return emit(KERNELS["addmm"].op, self, mat1, mat2, float(beta), float(alpha), tf32(mat1))
+
+
+def _baddbmm(emit, self, batch1, batch2, *, beta=1, alpha=1):
+    op = KERNELS["baddbmm"].op
+    return emit(op, self, batch1, batch2, float(beta), float(alpha), tf32(batch1))
+
+
+def _mv(emit, self, vec):
+    return emit(aten.squeeze.dim, _mm(emit, self, emit(aten.unsqueeze.default, vec, 1)), 1)
+
+
+def _dot(emit, self, tensor):
+    row = emit(aten.unsqueeze.default, self, 0)
+    return emit(aten.squeeze.dim, _mv(emit, row, tensor), 0)
+
+
+def _addmv(emit, self, mat, vec, *, beta=1, alpha=1):
+    if value(self).dim() == 1:
+        self = emit(aten.unsqueeze.default, self, 1)
+    column = emit(aten.unsqueeze.default, vec, 1)
+    return emit(aten.squeeze.dim, _addmm(emit, self, mat, column, beta=beta, alpha=alpha), 1)
+
+
+def _addbmm(emit, self, batch1, batch2, *, beta=1, alpha=1):
+    """The sum over the batch is part of K: element (b, k) of the chain comes at b * K + k."""
+    _, m, _ = value(batch1).shape
+    _, _, n = value(batch2).shape
+    rows = emit(aten.permute.default, batch1, [1, 0, 2])
+    rows = emit(aten.reshape.default, rows, [size(emit, rows, 0, m), -1])
+    columns = emit(aten.reshape.default, batch2, [-1, size(emit, batch2, 2, n)])
+    return _addmm(emit, self, rows, columns, beta=beta, alpha=alpha)
+
+
+RULES = (
+    (aten.mm.default, "mm", _mm),
+    (aten.bmm.default, "bmm", _bmm),
+    (aten.addmm.default, "addmm", _addmm),
+    (aten.baddbmm.default, "baddbmm", _baddbmm),
+    (aten.mv.default, "mm", _mv),
+    (aten.dot.default, "mm", _dot),
+    (aten.vdot.default, "mm", _dot),
+    (aten.addmv.default, "addmm", _addmv),
+    (aten.addbmm.default, "addmm", _addbmm),
+)

@@ -1,0 +1,69 @@
+"""Sums and what is made of them."""
+
+from __future__ import annotations
+
+import torch
+
+from bicompile.graph import value
+from bicompile.passes.rules.common import KERNELS, aten, dims, outputs, prims
+
+
+def _cast(emit, x, dtype):
+    """PyTorch casts to `dtype` before it reduces; a wider output needs no copy of the input."""
+    dtype = dtype or value(x).dtype
+    widens = value(x).dtype in (torch.bfloat16, torch.float16) and dtype is torch.float32
+    if value(x).dtype is not dtype and not widens:
+        x = emit(prims.convert_element_type.default, x, dtype)
+    return x, dtype
+
+
+def _reduction(name):
+    def bind(emit, self, dim=None, keepdim=False, *, dtype=None):
+        self, dtype = _cast(emit, self, dtype)
+        return emit(KERNELS[name].op, self, dims(self, dim), keepdim, dtype)
+
+    return bind
+
+
+def _variance(name):
+    def bind(emit, self, dim=None, *, correction=None, keepdim=False):
+        correction = 1.0 if correction is None else float(correction)
+        return emit(KERNELS[name].op, self, dims(self, dim), correction, keepdim)
+
+    return bind
+
+
+def _var_mean(emit, self, dim=None, *, correction=None, keepdim=False):
+    both = _variance("var_mean")(emit, self, dim, correction=correction, keepdim=keepdim)
+    return outputs(emit, both, 2)
+
+
+def _logsumexp(emit, self, dim, keepdim=False):
+    return emit(KERNELS["logsumexp"].op, self, dims(self, dim), keepdim)
+
+
+def _vector_norm(emit, self, ord=2, dim=None, keepdim=False, *, dtype=None):
+    self, dtype = _cast(emit, self, dtype)
+    return emit(KERNELS["norm"].op, self, float(ord), dims(self, dim), keepdim, dtype)
+
+
+def _norm(emit, self, p=2, dim=None, keepdim=False, *, dtype=None):
+    return _vector_norm(emit, self, 2 if p is None else p, dim, keepdim, dtype=dtype)
+
+
+RULES = (
+    (aten.sum.default, "sum", _reduction("sum")),
+    (aten.sum.dim_IntList, "sum", _reduction("sum")),
+    (aten.mean.default, "mean", _reduction("mean")),
+    (aten.mean.dim, "mean", _reduction("mean")),
+    (aten.prod.default, "prod", _reduction("prod")),
+    (aten.prod.dim_int, "prod", _reduction("prod")),
+    (aten.var.correction, "var", _variance("var")),
+    (aten.std.correction, "std", _variance("std")),
+    (aten.var_mean.correction, "var_mean", _var_mean),
+    (aten.logsumexp.default, "logsumexp", _logsumexp),
+    (aten.linalg_vector_norm.default, "norm", _vector_norm),
+    (aten.norm.Scalar, "norm", _norm),
+    (aten.norm.ScalarOpt_dim, "norm", _norm),
+    (aten.norm.ScalarOpt_dim_dtype, "norm", _norm),
+)
