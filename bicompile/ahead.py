@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from bicompile.certificate import one_schedule
 from bicompile.graph import subgraphs, value
+from bicompile.inductor import outside_tracing
 from bicompile.registry import KERNELS
 
 #: What each size that may vary is set to: bounds of schedules are powers of two.
@@ -52,7 +53,7 @@ def build(node: Node) -> None:
     launch = getattr(importlib.import_module(f"bicompile.kernels.{family}.gpu"), name)
     args = tree_map(value, node.args)
     for size in SIZES if _varies(args) else SIZES[:1]:
-        with schedules(), building_for(_device(node)):
+        with schedules(), building_for(_device(node)), outside_tracing():
             launch(*tree_map(lambda x, size=size: _with_size(x, size), args))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.utils._python_dispatch import _disable_current_modes
 
 from bicompile.errors import UnknownOption
 
@@ -343,6 +344,11 @@ def compile_graph(
             config_patches=config_patches(mode, stamp),
             decompositions=decompositions,
         )
+
+
+def outside_tracing() -> contextlib.AbstractContextManager[Any]:
+    """Let new tensors be real ones, although Inductor works among fake ones."""
+    return _disable_current_modes()
 
 
 def cache_dir() -> Path:
