@@ -16,11 +16,12 @@ import hashlib
 import json
 import logging
 import os
+import random
 import re
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -228,14 +229,34 @@ def one_schedule() -> Iterator[None]:
         _state.single = before
 
 
-def choose(family: str, bit_class: str, wanted: S, single: S) -> S:
+@contextlib.contextmanager
+def random_schedules(seed: int = 0) -> Iterator[None]:
+    """Launch every kernel of this thread on any schedule of its class, drawn anew for each launch.
+
+    Certified or not: a test of the claim that no bit follows the choice.
+    """
+    before = getattr(_state, "draw", None)
+    _state.draw = random.Random(seed)
+    try:
+        yield
+    finally:
+        _state.draw = before
+
+
+def choose(
+    family: str, bit_class: str, wanted: S, single: S, among: Callable[[], Sequence[S]]
+) -> S:
     """The schedule of a launch: `wanted` if this machine's certificate lists it, else `single`.
 
     Both give the same bits where the certificate is right; `single` gives them without one.
+    `among` gives all schedules that could serve, for `random_schedules`.
 
     Raises:
         DamagedCertificate: the certificate is not as it was written.
     """
+    draw: random.Random | None = getattr(_state, "draw", None)
+    if draw is not None:
+        return draw.choice(among())
     if wanted == single or getattr(_state, "single", False):
         return single
     return wanted if permits(family, bit_class, wanted) else single

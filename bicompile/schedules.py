@@ -81,8 +81,9 @@ def _matmul_cpu(name: str, args: Sequence[Any]) -> Choice:
 
 def _served(family: str, bit_class: str, wanted: Any, single: Any) -> Any:
     """What the launcher takes here; without a GPU, what the table says."""
-    here = torch.cuda.is_available()
-    return certificate.choose(family, bit_class, wanted, single) if here else wanted
+    if not torch.cuda.is_available():
+        return wanted
+    return certificate.choose(family, bit_class, wanted, single, lambda: (wanted,))
 
 
 def _capability() -> str:

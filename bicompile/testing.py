@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from bicompile.certificate import random_schedules as random_schedules
 from bicompile.contract import Case
 from bicompile.registry import Kernel
 

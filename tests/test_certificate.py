@@ -50,7 +50,7 @@ def make(machine=H100, family="matmul", bit_class="half", sources=None):
 def chosen(wanted=LISTED, bit_class="half"):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return choose("matmul", bit_class, wanted, SINGLE)
+        return choose("matmul", bit_class, wanted, SINGLE, tuple)
 
 
 def test_round_trip(h100):
@@ -61,8 +61,8 @@ def test_round_trip(h100):
 
 def test_what_is_listed_is_used_and_nothing_else(h100, recwarn):
     make().write(h100)
-    assert choose("matmul", "half", LISTED, SINGLE) == LISTED
-    assert choose("matmul", "half", UNLISTED, SINGLE) == SINGLE
+    assert choose("matmul", "half", LISTED, SINGLE, tuple) == LISTED
+    assert choose("matmul", "half", UNLISTED, SINGLE, tuple) == SINGLE
     assert not recwarn.list
 
 
@@ -80,9 +80,11 @@ def test_tables_ask_the_certificate(h100):
 
 def test_unknown_machine_is_told_once(h100):
     with pytest.warns(UserWarning) as told:
-        assert choose("matmul", "half", LISTED, SINGLE) == SINGLE
-        assert choose("matmul", "half", UNLISTED, SINGLE) == SINGLE
-        assert choose("reduce", "blocks", rows.LONG.many, rows.LONG.single) == rows.LONG.single
+        assert choose("matmul", "half", LISTED, SINGLE, tuple) == SINGLE
+        assert choose("matmul", "half", UNLISTED, SINGLE, tuple) == SINGLE
+        assert (
+            choose("reduce", "blocks", rows.LONG.many, rows.LONG.single, tuple) == rows.LONG.single
+        )
     (text,) = {str(w.message) for w in told.list}
     assert len(told.list) == 1
     assert f"there is no certificate for {H100}" in text
@@ -90,7 +92,7 @@ def test_unknown_machine_is_told_once(h100):
 
 
 def test_single_schedule_needs_no_certificate(recwarn):
-    assert choose("matmul", "half", SINGLE, SINGLE) == SINGLE
+    assert choose("matmul", "half", SINGLE, SINGLE, tuple) == SINGLE
     assert not recwarn.list
 
 
@@ -113,7 +115,7 @@ def test_a_changed_certificate_is_refused(h100, change):
     assert path.read_text() != text
     for _ in range(2):  # the second launch finds no way around it
         with pytest.raises(DamagedCertificate) as caught:
-            choose("matmul", "half", LISTED, SINGLE)
+            choose("matmul", "half", LISTED, SINGLE, tuple)
         assert f"the certificate {path} is refused" in str(caught.value)
         assert "remove the file" in str(caught.value)
 
@@ -122,7 +124,7 @@ def test_the_certificate_of_another_machine_is_refused(h100):
     path = make(dataclasses.replace(H100, gpu="NVIDIA H200")).write(h100)
     path.rename(h100 / H100.file)
     with pytest.raises(DamagedCertificate, match="written for another machine: NVIDIA H200"):
-        choose("matmul", "half", LISTED, SINGLE)
+        choose("matmul", "half", LISTED, SINGLE, tuple)
 
 
 def test_a_later_format_is_refused(h100, monkeypatch):
@@ -130,7 +132,7 @@ def test_a_later_format_is_refused(h100, monkeypatch):
         patch.setattr(certificate, "FORMAT", 2)
         make().write(h100)
     with pytest.raises(DamagedCertificate, match="its format is 2, not 1"):
-        choose("matmul", "half", LISTED, SINGLE)
+        choose("matmul", "half", LISTED, SINGLE, tuple)
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Machine)])
@@ -164,7 +166,7 @@ def test_a_change_of_the_sources_ends_a_certificate(h100, tmp_path, monkeypatch)
         (folder / name).write_text(text + "# changed\n")
         certificate.forget()
         with pytest.warns(UserWarning, match="of other sources of the matmul kernels"):
-            assert choose("matmul", "half", LISTED, SINGLE) == SINGLE
+            assert choose("matmul", "half", LISTED, SINGLE, tuple) == SINGLE
         (folder / name).write_text(text)
 
 
@@ -178,10 +180,10 @@ def test_sources_are_what_the_kernels_import():
 def test_a_family_or_class_that_was_not_swept_is_not_certified(h100):
     make(family="softmax", bit_class="blocks").write(h100)
     with pytest.warns(UserWarning, match="no certificate covers the matmul kernels"):
-        assert choose("matmul", "half", LISTED, SINGLE) == SINGLE
+        assert choose("matmul", "half", LISTED, SINGLE, tuple) == SINGLE
     make(bit_class="ieee").write(h100)
     with pytest.warns(UserWarning, match="does not cover matmul kernels of class half"):
-        assert choose("matmul", "half", LISTED, SINGLE) == SINGLE
+        assert choose("matmul", "half", LISTED, SINGLE, tuple) == SINGLE
 
 
 def test_what_the_user_found_comes_before_what_the_package_brings(h100):

@@ -36,9 +36,12 @@ def test_planted_schedules_are_found_and_then_refused(own_certificates):
         assert "first at [" in text and " is not 0x" in text
     verify.certify(results, machine()).write(own_certificates)
     real = matmul.schedules("half", "9.0")[1]
-    assert certificate.choose("matmul", "half", real, matmul.SINGLE["half"]) == real
+    assert certificate.choose("matmul", "half", real, matmul.SINGLE["half"], tuple) == real
     for result, (planted, _) in zip(results, planted_schedules.PLANTED.values(), strict=True):
-        assert certificate.choose(result.family, result.bit_class, planted, "single") == "single"
+        assert (
+            certificate.choose(result.family, result.bit_class, planted, "single", tuple)
+            == "single"
+        )
 
 
 @on_device

@@ -55,7 +55,7 @@ def schedules(size: int, head: int) -> tuple[Schedule, ...]:
 def schedule(size: int, head: int, rows: int) -> Schedule:
     """The smallest tile that holds a group of `rows` rows, else the largest tile."""
     at = key(size, head)
-    return choose("attention", bit_class(*at), wanted(at, rows), SINGLE[at])
+    return choose("attention", bit_class(*at), wanted(at, rows), SINGLE[at], lambda: TABLE[at])
 
 
 def wanted(at: tuple[int, int], rows: int) -> Schedule:
@@ -71,4 +71,6 @@ def bit_class(size: int, head: int) -> str:
 def splits(tiles: int, chunks: int, scratch: int) -> bool:
     """Whether each chunk of keys gets a program of its own (a bit class by itself)."""
     wanted = chunks > 1 and tiles < PROGRAMS and scratch <= SCRATCH
-    return choose("attention", "split", wanted, False)
+    return choose(
+        "attention", "split", wanted, False, lambda: (chunks > 1 and scratch <= SCRATCH, False)
+    )

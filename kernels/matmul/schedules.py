@@ -131,7 +131,12 @@ def table(kind: str, capability: str) -> tuple[Entry, ...]:
 
 def schedule(kind: str, capability: str, m: int, n: int, k: int, blocks: bool) -> Schedule:
     """The schedule for m rows, n columns and k terms; `blocks`: descriptors can be used."""
-    return choose("matmul", kind, wanted(kind, capability, m, n, k, blocks), SINGLE[kind])
+
+    def among() -> tuple[Schedule, ...]:
+        found = schedules(kind, capability)
+        return found if blocks else tuple(s for s in found if not s.tma)
+
+    return choose("matmul", kind, wanted(kind, capability, m, n, k, blocks), SINGLE[kind], among)
 
 
 @functools.cache

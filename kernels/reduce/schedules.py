@@ -47,7 +47,7 @@ def entry(k: int, block: int) -> Entry:
 def schedule(family: str, rows: int, k: int, block: int) -> Schedule:
     """The schedule for `rows` rows of k terms in blocks of `block`."""
     e = entry(k, block)
-    return choose(family, e.name, wanted(rows, e), e.single)
+    return choose(family, e.name, wanted(rows, e), e.single, lambda: (e.single, e.many))
 
 
 def wanted(rows: int, e: Entry) -> Schedule:

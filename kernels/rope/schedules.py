@@ -20,7 +20,7 @@ TABLE = (SINGLE, Schedule(8, 4))
 
 def schedule(tokens: int) -> Schedule:
     """The schedule for a number of tokens."""
-    return choose("rope", "heads", wanted(tokens), SINGLE)
+    return choose("rope", "heads", wanted(tokens), SINGLE, lambda: TABLE)
 
 
 def wanted(tokens: int) -> Schedule:
