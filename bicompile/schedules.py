@@ -111,9 +111,9 @@ def _attention_cuda(name: str, args: Sequence[Any]) -> Choice:
     rows = hint(query.shape[2]) * (hint(query.shape[1]) // hint(key.shape[1]))
     at = attention_table.key(query.element_size(), head)
     single = attention_table.SINGLE[at]
-    wanted = attention_table.wanted(at, rows)
+    wanted = attention_table.wanted(at, rows, _capability())
     chosen = _served("attention", attention_table.bit_class(*at), wanted, single)
-    return _choice(chosen, attention_table.TABLE[at])
+    return _choice(chosen, attention_table.schedules(at, _capability()))
 
 
 def _rope_cuda(name: str, args: Sequence[Any]) -> Choice:

@@ -74,7 +74,7 @@ def test_tables_ask_the_certificate(h100):
     assert matmul.schedule(*few) == LISTED
     assert matmul.schedule(*many) == SINGLE
     assert rows.schedule("reduce", 1_000_000, 50, 64) == rows.TABLE[1].single
-    assert attention.schedule(2, 128, 1) == attention.SINGLE[2, 128]
+    assert attention.schedule(2, 128, 1, "9.0") == attention.SINGLE[2, 128]
     assert attention.splits(1, 8, 1024) is False
 
 
@@ -226,7 +226,7 @@ def test_every_table_is_swept():
     for kind, single in matmul.SINGLE.items():
         tables["matmul", kind] = {single, *matmul.schedules(kind, "9.0")}
     for at, single in attention.SINGLE.items():
-        tables["attention", attention.bit_class(*at)] = {single, *attention.TABLE[at]}
+        tables["attention", attention.bit_class(*at)] = {single, *attention.schedules(at, "9.0")}
     for family in ("reduce", "softmax", "norm"):
         for entry in (*rows.TABLE, rows.LONG):
             tables[family, entry.name] = {entry.single, entry.many}

@@ -20,6 +20,7 @@ from triton_set_up import (
 
 from bicompile.kernels.attention import gpu as attention
 from bicompile.kernels.attention import schedules as attention_schedules
+from bicompile.kernels.common.launch import capability
 
 LONG = 60 if INTERPRET else 1300
 if INTERPRET:
@@ -44,15 +45,21 @@ def _causal(q, s, past=0):
     return torch.ones(q, s, dtype=torch.bool, device=DEVICE).tril(past)
 
 
-HEADS = ((3, 1, 20, 24),) if INTERPRET else (
+HEADS = ((3, 1, 24, 40),) if INTERPRET else (
     (8, 2, 64, 64), (9, 3, 64, 64), (8, 8, 128, 128), (4, 1, 80, 96), (2, 2, 256, 256),
 )  # fmt: skip
-HEAD_SIZES = {24: 64, 64: 64, 96: 128, 128: 128, 256: 256}  # head -> column of the table
+HEAD_SIZES = {40: 64, 64: 64, 96: 128, 128: 128, 256: 256}  # head -> column of the table
 SOME = {HALF: HEADS, torch.float16: HEADS[:1], FULL: () if INTERPRET else HEADS[:1] + HEADS[2:4]}
 attention_case = pytest.mark.parametrize(
     "dtype,h,hkv,d,dv", [(dtype, *heads) for dtype in DTYPES for heads in SOME[dtype]]
 )
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def _schedules(q, head):
+    """Every schedule of this device; the interpreter runs those of the newest."""
+    at = attention_schedules.key(q.element_size(), head)
+    return attention_schedules.schedules(at, capability(q.device))
 
 
 @law
@@ -69,7 +76,7 @@ def test_attention_spellings_and_schedules(dtype, h, hkv, d, dv):
     g = h // hkv
     same(sdpa(q, k.repeat_interleave(g, 1), v.repeat_interleave(g, 1), causal=True), whole)
     same(sdpa(q[1:], k[1:], v[1:], causal=True), whole[1:])
-    for s in attention_schedules.schedules(q.element_size(), HEAD_SIZES[max(d, dv)]):
+    for s in _schedules(q, HEAD_SIZES[max(d, dv)]):
         for split in (False, True):
             same(sdpa(q, k, v, causal=True, chosen=s, split=split), whole)
             same(sdpa(q, k, v, mask, chosen=s, split=split), whole)
@@ -128,6 +135,21 @@ def test_masked_keys_are_absent(dtype, h, hkv, d, dv):
 
 @law
 @each_dtype
+def test_a_row_that_sees_nothing_stands_beside_rows_that_see_all(dtype):
+    n = LONG // 2
+    q, k, v = _qkv(1, 2, 1, n, n, 32, 32, dtype)
+    mask = torch.ones(1, 1, n, n, dtype=torch.bool, device=DEVICE)
+    whole = sdpa(q, k, v)
+    mask[:, :, n // 3] = False
+    for split in (False, True):
+        got = sdpa(q, k, v, mask, split=split)
+        assert (got[:, :, n // 3] == 0).all()
+        same(got[:, :, n // 3 + 1 :], whole[:, :, n // 3 + 1 :])
+        same(got[:, :, : n // 3], whole[:, :, : n // 3])
+
+
+@law
+@each_dtype
 def test_values_that_are_not_finite_reach_who_sees_them(dtype):
     n = 40 if INTERPRET else 200
     q, k, v = _qkv(1, 2, 1, n, n, 32, 32, dtype)
@@ -175,6 +197,32 @@ def test_attention_masks_of_any_form(dtype):
     same(rounded, whole.to(dtype))
 
 
+@law
+@pytest.mark.parametrize("shape", [(1, 1, 1, 40), (3, 1, 1, 70), (2, 1, 19, 20), (2, 3, 7, 33)])
+def test_ranges_of_a_mask(shape):
+    seen = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.2).to(DEVICE)
+    seen[..., 2:5] = True
+    seen[0, 0, 0] = False
+    for mask in (seen, torch.zeros(shape, device=DEVICE).masked_fill(~seen, -INF)):
+        got = attention.visible_range(mask)
+        key = torch.arange(shape[3], device=DEVICE)
+        first = torch.where(seen, key, 1 << 30).amin(3)
+        last = torch.where(seen, key, -1).amax(3)
+        plain = (last < first) | (seen.sum(3) == last - first + 1)
+        assert (got[..., 0] == first).all() and (got[..., 1] == last).all()
+        assert (got[..., 2] == plain).all()
+        assert (got[:, 0, 0, 3] == first.flatten(1).amin(1)).all()
+    b, h, n, s = shape
+    q, k, v = _qkv(b, 4 if h == 1 else h, 1, n, s, 32, 32, FULL)
+    want = attention.sdpa(q, k, v, seen, False, 0.3)
+    visible = attention.visible_range(seen)
+    same(attention.sdpa(q, k, v, seen, False, 0.3, visible), want)
+    one_by_one = [
+        attention.sdpa(*(t[i : i + 1] for t in (q, k, v, seen)), False, 0.3) for i in range(b)
+    ]
+    same(torch.cat(one_by_one), want)
+
+
 def _exact(q, k, v, mask=None):
     g = q.shape[1] // k.shape[1]
     q, k, v = (x.double().cpu() for x in (q, k, v))
@@ -195,18 +243,3 @@ def test_attention_accuracy(dtype):
         exact = _exact(q, k, v, _causal(n, n) if causal else None)
         theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
         no_worse(sdpa(q, k, v, causal=causal, dtype=dtype), theirs, exact)
-
-
-@law
-@each_dtype
-def test_a_row_that_sees_nothing_stands_beside_rows_that_see_all(dtype):
-    n = LONG // 2
-    q, k, v = _qkv(1, 2, 1, n, n, 32, 32, dtype)
-    mask = torch.ones(1, 1, n, n, dtype=torch.bool, device=DEVICE)
-    whole = sdpa(q, k, v)
-    mask[:, :, n // 3] = False
-    for split in (False, True):
-        got = sdpa(q, k, v, mask, split=split)
-        assert (got[:, :, n // 3] == 0).all()
-        same(got[:, :, n // 3 + 1 :], whole[:, :, n // 3 + 1 :])
-        same(got[:, :, : n // 3], whole[:, :, : n // 3])

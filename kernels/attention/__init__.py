@@ -12,8 +12,18 @@ Bits: on the CPU, for one row (a query of one head), float32::
     out = o / sum + 0.0                              # rounded once; no key seen: 0
 
 Adding 0 * value changes no chain, so masked keys before, between or behind the seen ones change no
-bit; where their values are NaN or infinite the row is taken again without them.  On a GPU: chunks
-of 512 keys counted from the first seen one, merged in order.
+bit; where their values are NaN or infinite the row is taken again without them.
+
+On a GPU: chunks of 512 keys counted from the first seen one, merged in order; a chunk is an online
+softmax over tiles of 64 keys (fp32: 32)::
+
+    m' = max(m, s)                               # exact; s: the dot, unscaled; masked keys: -inf
+    p[j] = 2 ** fma(s[j], c, -(m' * c))          # c = scale * log2(e); fp32: 2 ** ((s[j] - m') * c)
+    f = 2 ** ((m - m') * c)                      # exactly 1 where the maximum stays
+    sum[i] = fma(sum[i], f, p[i] + p[i + 32])    # 32 sums, joined by a tree of neighbours
+    o = o * f + p @ value                        # p rounded to the type of the values
+
+and two chunks are joined by the same factors.  A tile that a row does not see is f = 1 and p = 0.
 
 Row law: a row reads its query and the keys and values it sees; no number of queries, length of a
 cache, block of rows or thread takes part.

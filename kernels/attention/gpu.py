@@ -5,43 +5,37 @@ the chunks, or each chunk has a program of its own (`split`): the same numbers. 
 that a row does not see changes nothing of that row, so what is skipped is a matter of speed alone.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bicompile.kernels.attention.masks import NO_KEY, ranges
+from bicompile.kernels.attention.masks import FAR, NO_KEY, mask_arguments, visible_range
 from bicompile.kernels.attention.schedules import schedule, splits
-from bicompile.kernels.attention.tiles import attend_chunk, merge, merge_run
-from bicompile.kernels.common.launch import after_others, launch
+from bicompile.kernels.attention.tiles import attend, finish, merge_run, opaque
+from bicompile.kernels.common.launch import after_others, capability, is_aligned, launch
 from bicompile.kernels.common.trees import LOG2E, strides
 
 CHUNK = 512  # pinned: keys of a chunk
 MERGE_ROWS = 4  # rows of a program of the merge (free)
-FAR = 1 << 22  # strides of keys and columns stay below this
+FEW = tl.constexpr(16)  # rows at a time where a program has to be careful (free)
 TILE = {2: 64, 4: 32}  # pinned: keys of a tile, by bytes per element
 
 
 @triton.jit
-def _rows(BH, TILES, Q_LEN, H: tl.constexpr, G: tl.constexpr, R: tl.constexpr):
-    """What this program computes: R rows, each a query and one of the G heads of a key head."""
-    pid = tl.program_id(0)
-    bh = (pid % BH).to(tl.int64)
-    row = (TILES - 1 - pid // BH) * R + tl.arange(0, R)  # the longest tiles first
-    here = row < Q_LEN * G
-    query = tl.where(here, row // G, 0)
-    return bh, bh // (H // G), row, here, query, bh % (H // G) * G + row % G
+def _row_ranges(VISIBLE, rb, rh, rq, b, h, query, here, S, MODE: tl.constexpr, R: tl.constexpr):
+    """First and last visible key of each row; 1 if every key between is seen with bias 0.
 
-
-@triton.jit
-def _row_ranges(
-    FIRST, LAST, PLAIN, rb, rh, rq, b, h, query, here, S, MODE: tl.constexpr, R: tl.constexpr
-):
-    """First and last visible key of each row; 1 if every key between is seen with bias 0."""
+    And the first key that any row of this batch row sees: chunks and tiles are counted from it.
+    """
     if MODE == "mask":
-        i = b * rb + h * rh + query * rq
-        first = tl.load(FIRST + i, mask=here, other=NO_KEY)
-        last = tl.load(LAST + i, mask=here, other=-1)
-        plain = tl.load(PLAIN + i, mask=here, other=1)
+        i = VISIBLE + b * rb + h * rh + query * rq
+        first = tl.load(i, mask=here, other=NO_KEY)
+        last = tl.load(i + 1, mask=here, other=-1)
+        plain = tl.load(i + 2, mask=here, other=1)
+        anchor = tl.load(VISIBLE + b * rb + 3)
     else:
         plain = tl.full([R], 1, tl.int32)
         first = tl.where(here & (S > 0), 0, NO_KEY)
@@ -49,137 +43,183 @@ def _row_ranges(
         if MODE == "causal":
             last = tl.minimum(query, last)
         last = tl.where(here, last, -1)
-    return first, last, plain
+        anchor = 0
+    return first, last, plain, anchor
 
 
 @triton.jit
-def _anchor(START, b, rs, PARTS, MODE: tl.constexpr):
-    """The first key that any row of this batch row sees: chunks and tiles are counted from it."""
-    anchor = 0
-    if MODE == "mask":
-        anchor = tl.full([], NO_KEY, tl.int32)
-        for i in range(0, PARTS, 128):
-            j = i + tl.arange(0, 128)
-            part = tl.load(START + b * rs + j, mask=j < PARTS, other=NO_KEY)
-            anchor = tl.minimum(anchor, tl.min(part, 0))
-    return anchor
-
-
-@triton.jit
-def _span(first, last, plain, anchor, T: tl.constexpr):
+def _span(first, last, here, anchor, T: tl.constexpr):
     """What a program has to do.
 
-    Tiles [t0, t1) that some row sees; those from key `head` up to tile `full` are seen whole; the
-    lowest and the highest key seen; whether the ranges say all.
+    Tiles [t0, t1) that some row sees; those from key `head` up to tile `full` are seen whole by
+    every row; the lowest and the highest key seen.
     """
-    seen = last >= first
     top = tl.max(last, 0)
     low = tl.min(first, 0)
     t0 = tl.where(top < 0, 0, (low - anchor) // T)
     t1 = tl.where(top < 0, 0, (top - anchor) // T + 1)
-    head = tl.max(tl.where(seen, first, 0), 0)
-    full = (tl.min(tl.where(seen, last, NO_KEY), 0) + 1 - anchor) // T
-    ranged = tl.min(plain, 0) > 0
-    full = tl.where(ranged & (top >= 0), full, 0)
-    return t0, t1, head, full, low, top, ranged
+    head = tl.max(tl.where(last >= first, first, 0), 0)
+    full = (tl.min(tl.where(here, last, NO_KEY), 0) + 1 - anchor) // T
+    return t0, t1, head, full, low, top
 
 
-@triton.jit(
-    do_not_specialize=["BH", "Q_LEN", "S", "TILES", "CHUNKS", "PARTS", "rb", "rh", "rq", "rs"]
-)
-def attention_kernel(
-    Q, K, V, MASK, FIRST, LAST, PLAIN, START, OUT, TOP, SUM,
-    BH, Q_LEN, S, TILES, CHUNKS, PARTS, rb, rh, rq, rs,
+@triton.jit
+def _places(
+    pid, r, BH, TILES, Q_LEN, H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr
+):
+    """N of the R rows of a program, from its row r: pairs of a query and a head of one key head.
+
+    Batch row, key head, first query; of each row its number, query and head within the group.
+    """
+    bh = pid % BH
+    row0 = (TILES - 1 - pid // BH) * R + r  # the longest tiles first
+    row = row0 + tl.arange(0, N)
+    query = tl.minimum((row.to(tl.uint32) // G).to(tl.int32), Q_LEN - 1)
+    kv: tl.constexpr = H // G
+    g = (row.to(tl.uint32) % G).to(tl.int32)
+    return (bh // kv).to(tl.int64), (bh % kv).to(tl.int64), row0 // G, row, query, g
+
+
+@triton.jit
+def _write(
+    m, l, a, ok, b, kh, query0, row, query, g, OUT, TOP, SUM, Q_LEN, CHUNKS,
+    H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """The rows that are ok: what a chunk hands to the merge, or the result."""
+    here = row < tl.where(ok, Q_LEN * G, 0)
+    e = tl.arange(0, DVP)[None, :]
+    inside = here[:, None] & (e < DV)
+    if SPLIT:
+        i = ((b * (H // G) + kh) * Q_LEN * G + row) * CHUNKS + tl.program_id(1)
+        tl.store(TOP + i, m, mask=here)
+        tl.store(SUM + i, l, mask=here)
+        tl.store(OUT + i[:, None] * DV + e, a, mask=inside)
+    else:
+        OUT += ((b * Q_LEN + query0) * H + kh * G) * DV
+        i = ((query - query0) * H + g) * DV
+        tl.store(OUT + i[:, None] + e, finish(l, a, OUT), mask=inside)
+
+
+@triton.jit
+def _rows(
+    pid, r, Q, K, V, KT, VT, MASK, VISIBLE, OUT, TOP, SUM,
+    BH, Q_LEN, S, TILES, CHUNKS, rb, rh, rq,
     sqb, sqh, sqm, sqd, skb, skh, sks, skd, svb, svh, svs, svd, smb, smh, smq, sms, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr,
-    DVP: tl.constexpr, R: tl.constexpr, T: tl.constexpr, PER: tl.constexpr, MODE: tl.constexpr,
-    BIAS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    DVP: tl.constexpr, R: tl.constexpr, N: tl.constexpr, T: tl.constexpr, PER: tl.constexpr,
+    MODE: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, SIGN: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of R rows, batch row x key head[, chunk]); row = query x head of the group."""
-    after_others(PDL)
-    bh, b, row, here, query, head = _rows(BH, TILES, Q_LEN, H, G, R)
-    first, last, plain = _row_ranges(
-        FIRST, LAST, PLAIN, rb, rh, rq, b, head, query, here, S, MODE, R
-    )
-    anchor = _anchor(START, b, rs, PARTS, MODE)
-    t0, t1, seen, full, low, top, ranged = _span(first, last, plain, anchor, T)
-    d = tl.arange(0, DP)
-    q = Q + b * sqb + head * sqh + query.to(tl.int64) * sqm
-    if Q.dtype.element_ty != tl.float32:
-        q = tl.load(q[:, None] + d[None, :] * sqd, mask=d[None, :] < D, other=0.0)
-    k = K + b * skb + bh % (H // G) * skh
-    v = V + b * svb + bh % (H // G) * svh
-    bias = MASK + b * smb + head * smh + query.to(tl.int64) * smq
-    mt = tl.full([R], float("-inf"), tl.float32)
-    lt = tl.zeros([R], tl.float32)
-    at = tl.zeros([R, DVP], tl.float32)
+    """N of the R rows of a program, from its row r.
+
+    Returns whether they are done. If not, nothing is written: without MASKED where the ranges of
+    the rows do not say all; without CAREFUL where a sum is not finite, for NaN may come from a
+    value that the row does not see, times a weight of 0.
+    """
+    b, kh, query0, row, query, g = _places(pid, r, BH, TILES, Q_LEN, H, G, R, N)
+    here, head = row < Q_LEN * G, kh * G + g
+    first, last, plain, anchor = _row_ranges(VISIBLE, rb, rh, rq, b, head, query, here, S, MODE, N)
+    t0, t1, begin, full, low, top = _span(first, last, here, anchor, T)
     c0 = t0 // PER
     c1 = tl.cdiv(t1, PER)
     if SPLIT:
         c0 = tl.maximum(c0, tl.program_id(1))
         c1 = tl.minimum(c1, tl.program_id(1) + 1)
-    for c in tl.range(c0, c1):
-        lo = tl.maximum(t0, c * PER)
-        hi = tl.minimum(t1, c * PER + PER)
-        mid = tl.where(seen <= anchor + lo * T, tl.minimum(tl.maximum(full, lo), hi), lo)
-        m, l, a = attend_chunk(
-            q, k, v, bias, first, last, plain, low, top, anchor, lo, mid, hi, ranged,
-            sqd, sks, skd, svs, svd, sms, scale, D, DV, DP, DVP, R, T, MODE == "mask", BIAS, STAGES,
-        )  # fmt: skip
-        if SPLIT:
-            mt, lt, at = m, l, a
-        else:
-            mt, lt, at = merge(mt, lt, at, m, l, a)
-    blind = last < first  # beside rows that see whole tiles
-    mt = tl.where(blind, float("-inf"), mt)
-    lt = tl.where(blind, 0.0, lt)
-    e = tl.arange(0, DVP)[None, :]
-    inside = here[:, None] & (e < DV)
-    if SPLIT:
-        i = (bh * Q_LEN * G + row) * CHUNKS + tl.program_id(1)
-        tl.store(TOP + i, mt, mask=here)
-        tl.store(SUM + i, lt, mask=here)
-        tl.store(OUT + i[:, None] * DV + e, at, mask=inside)
-    else:
-        i = ((b * Q_LEN + query) * H + head) * DV
-        tl.store(OUT + i[:, None] + e, finish(lt, at, OUT), mask=inside)
+    ok = pid >= 0
+    if MODE == "mask" and not MASKED:
+        ok = tl.min(plain, 0) > 0
+        c1 = tl.where(ok, c1, c0)
+    m, l, a = attend(
+        Q + b * sqb + query0.to(tl.int64) * sqm + head * sqh
+        + (query - query0) * sqm,
+        K + b * skb + kh * skh, V + b * svb + kh * svh, KT, VT,
+        MASK + b * smb + head * smh + query.to(tl.int64) * smq,
+        first, last, plain, b.to(tl.int32), kh.to(tl.int32), anchor, t0, t1, c0, c1, begin, full,
+        low, top, sqd, sks, skd, svs, svd, sms, scale,
+        SIGN, D, DV, DP, DVP, N, T, PER, SPLIT, STAGES, TMA, MASKED, BIAS, CAREFUL,
+    )  # fmt: skip
+    # Found again, not kept: the loop needs all registers.
+    b, kh, query0, row, query, g = _places(opaque(pid), r, BH, TILES, Q_LEN, H, G, R, N)
+    if MODE != "all" and not CAREFUL:
+        total = tl.sum(a, 1)  # a test: its bits go nowhere
+        wild = (row < Q_LEN * G) & (total - total != 0.0)
+        ok = ok & (tl.max(wild.to(tl.int32), 0) < 1)
+    _write(
+        m, l, a, ok, b, kh, query0, row, query, g, OUT, TOP, SUM, Q_LEN, CHUNKS, H, G, DV, DVP,
+        SPLIT,
+    )  # fmt: skip
+    return ok
 
 
-@triton.jit
-def finish(l, a, OUT):
-    """Divide and round; a row that saw no key is 0, and a zero is +0."""
-    l = tl.broadcast_to(l[:, None], a.shape)
-    return tl.where(l == 0.0, 0.0, tl.div_rn(a, l) + 0.0).to(OUT.dtype.element_ty)
+@triton.jit(do_not_specialize=["BH", "Q_LEN", "S", "TILES", "CHUNKS", "rb", "rh", "rq"])
+def attention_kernel(
+    Q, K, V, KT, VT, MASK, VISIBLE, OUT, TOP, SUM,
+    BH, Q_LEN, S, TILES, CHUNKS, rb, rh, rq,
+    sqb, sqh, sqm, sqd, skb, skh, sks, skd, svb, svh, svs, svd, smb, smh, smq, sms, scale,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr,
+    DVP: tl.constexpr, R: tl.constexpr, T: tl.constexpr, PER: tl.constexpr, MODE: tl.constexpr,
+    BIAS: tl.constexpr, SPLIT: tl.constexpr, SIGN: tl.constexpr, TMA: tl.constexpr,
+    PDL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of R rows, batch row x key head[, chunk]); what is not done is done again."""
+    after_others(PDL)
+    pid = tl.program_id(0)
+    ok = _rows(
+        pid, 0, Q, K, V, KT, VT, MASK, VISIBLE, OUT, TOP, SUM,
+        BH, Q_LEN, S, TILES, CHUNKS, rb, rh, rq,
+        sqb, sqh, sqm, sqd, skb, skh, sks, skd, svb, svh, svs, svd, smb, smh, smq, sms, scale,
+        H, G, D, DV, DP, DVP, R, R, T, PER, MODE, BIAS, SPLIT, SIGN, TMA, STAGES,
+        False, False,
+    )  # fmt: skip
+    if MODE != "all":
+        for r in tl.range(0, tl.where(ok, 0, R), FEW, num_stages=1):
+            if MODE == "mask":
+                ok = _rows(
+                    opaque(pid), r, Q, K, V, KT, VT, MASK, VISIBLE, OUT, TOP, SUM,
+                    BH, Q_LEN, S, TILES, CHUNKS, rb, rh, rq,
+                    sqb, sqh, sqm, sqd, skb, skh, sks, skd, svb, svh, svs, svd, smb, smh, smq, sms,
+                    scale, H, G, D, DV, DP, DVP, R, FEW, T, PER, MODE, BIAS, SPLIT, SIGN, TMA, 2,
+                    True, False,
+                )  # fmt: skip
+            for _ in tl.range(0, tl.where(ok, 0, 1), num_stages=1):
+                _rows(
+                    opaque(pid), r, Q, K, V, KT, VT, MASK, VISIBLE, OUT, TOP, SUM,
+                    BH, Q_LEN, S, TILES, CHUNKS, rb, rh, rq,
+                    sqb, sqh, sqm, sqd, skb, skh, sks, skd, svb, svh, svs, svd, smb, smh, smq, sms,
+                    scale, H, G, D, DV, DP, DVP, R, FEW, T, PER, MODE, BIAS, SPLIT, SIGN, False, 1,
+                    MODE == "mask", True,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["ROWS", "Q_LEN", "CHUNKS"])
 def merge_kernel(
-    TOP, SUM, ACC, OUT, ROWS, Q_LEN, CHUNKS, H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr,
-    R: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    TOP, SUM, ACC, OUT, ROWS, Q_LEN, CHUNKS, scale, H: tl.constexpr, G: tl.constexpr,
+    DV: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (R rows, COLUMNS of the head): chunks in rising order, AHEAD of them at a time."""
-    after_others(PDL)
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     e = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mt = tl.full([R], float("-inf"), tl.float32)
     lt = tl.zeros([R], tl.float32)
     at = tl.zeros([R, COLUMNS], tl.float32)
+    bh = row // (Q_LEN * G)
+    query = row % (Q_LEN * G) // G
+    head = bh % (H // G) * G + row % G
+    out = ((bh // (H // G) * Q_LEN + query) * H + head) * DV
     here = (row < ROWS)[None, :, None]
+    after_others(PDL)
     for c in tl.range(0, CHUNKS, AHEAD):
         chunk = (c + tl.arange(0, AHEAD))[:, None, None]
         i = row[None, :, None] * CHUNKS + chunk
         there = here & (chunk < CHUNKS)
         m = tl.load(TOP + i, mask=there, other=float("-inf"))
         l = tl.load(SUM + i, mask=there, other=0.0)
-        there = there & (e < DV)[None, None, :] & ((m != float("-inf")) | (l != 0.0))
+        there = there & (e < DV)[None, None, :]
         a = tl.load(ACC + i * DV + e[None, None, :], mask=there, other=0.0)
-        mt, lt, at = merge_run(mt, lt, at, m, l, a, AHEAD)
-    bh = row // (Q_LEN * G)
-    query = row % (Q_LEN * G) // G
-    head = bh % (H // G) * G + row % G
-    i = ((bh // (H // G) * Q_LEN + query) * H + head) * DV
+        mt, lt, at = merge_run(mt, lt, at, m, l, a, scale, AHEAD)
     inside = (row < ROWS)[:, None] & (e < DV)[None, :]
-    tl.store(OUT + i[:, None] + e[None, :], finish(lt, at, OUT), mask=inside)
+    tl.store(OUT + out[:, None] + e[None, :], finish(lt, at, OUT), mask=inside)
 
 
 def _near(x: torch.Tensor) -> torch.Tensor:
@@ -191,11 +231,14 @@ def _mode(attn_mask, is_causal):
     return "mask" if attn_mask is not None else "causal" if is_causal else "all"
 
 
-def sdpa(query, key, value, attn_mask, is_causal, scale, chosen=None, split=None, dtype=None):
+def sdpa(
+    query, key, value, attn_mask, is_causal, scale, visible=None, chosen=None, split=None,
+    dtype=None,
+):  # fmt: skip
     """softmax(query @ key.T * scale + mask) @ value; the memory of the output is [B, Q, H, Dv].
 
-    For tests: `chosen` and `split` pick the schedule, which changes no bit; `dtype` float32 shows
-    the result before its one rounding.
+    `visible`: the ranges of the mask, if they are known. For tests: `chosen` and `split` pick the
+    schedule, which changes no bit; `dtype` float32 shows the result before its one rounding.
     """
     b, h, q_len, d = query.shape
     hkv, s, dv = key.shape[1], key.shape[2], value.shape[3]
@@ -205,36 +248,60 @@ def sdpa(query, key, value, attn_mask, is_causal, scale, chosen=None, split=None
     dp, dvp = (max(16, triton.next_power_of_2(n)) for n in (d, dv))
     g = h // hkv
     rows, tile = q_len * g, TILE[query.element_size()]
-    bias = attn_mask is not None and attn_mask.dtype != torch.bool
-    use = chosen or schedule(query.element_size(), max(dp, dvp), rows)
+    use = chosen or schedule(query.element_size(), max(dp, dvp), rows, capability(query.device))
     query, key, value = _near(query), _near(key), _near(value)
     tiles, chunks = triton.cdiv(rows, use.rows), triton.cdiv(s, CHUNK)
     if split is None:
         split = splits(tiles * b * hkv, chunks, b * hkv * rows * chunks * dv * 4)
-    visible = ranges(attn_mask, b, h, q_len, s) if attn_mask is not None else None
-    arrays, numbers = visible or ((out,) * 5, (0,) * 9)
-    parts, *row_strides = numbers[:5]
-    mask_strides = numbers[5:]
-    split = split and s > 0
-    top, total, acc = (out, out, out) if not split else _scratch(b * hkv * rows, chunks, dv, out)
+    split, bias = split and s > 0, attn_mask is not None and attn_mask.is_floating_point()
+    arrays, numbers = (out, out), (0,) * 7
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*attn_mask.shape[:-1], s)
+        visible = visible_range(attn_mask) if visible is None else visible
+        arrays, numbers = mask_arguments(attn_mask, visible, (b, h, q_len, s))
+    top, total, acc = _scratch(b * hkv * rows, chunks, dv, out) if split else (out,) * 3
+    tma = use.tma and _has_boxes(key) and _has_boxes(value)
+    boxes = (_boxes(key, tile, dp), _boxes(value, tile, dvp)) if tma else (key, value)
+    sign, scale = (math.copysign(1.0, scale), abs(scale)) if scale else (0.0, 1.0)
+    scale *= LOG2E.value
     launch(
         attention_kernel, (tiles * b * hkv, chunks if split else 1),
-        query, key, value, *arrays, acc, top, total,
-        b * hkv, q_len, s, tiles, chunks, parts, *row_strides,
-        *strides(query), *strides(key), *strides(value), *mask_strides, scale * LOG2E.value,
+        query, key, value, *boxes, *arrays, acc, top, total,
+        b * hkv, q_len, s, tiles, chunks, *numbers[:3],
+        *strides(query), *strides(key), *strides(value), *numbers[3:], scale,
         H=h, G=g, D=d, DV=dv, DP=dp, DVP=dvp, R=use.rows, T=tile, PER=CHUNK // tile,
-        MODE=_mode(attn_mask, is_causal),
-        BIAS=bias, SPLIT=split, STAGES=use.stages,
+        MODE=_mode(attn_mask, is_causal), BIAS=bias, SPLIT=split, SIGN=sign, TMA=tma,
+        STAGES=use.stages,
         num_warps=use.warps, num_stages=use.stages, maxnreg=use.registers or None,
     )  # fmt: skip
     if split:
-        columns = min(dvp, 32)
-        launch(
-            merge_kernel, (triton.cdiv(b * hkv * rows, MERGE_ROWS), dvp // columns),
-            top, total, acc, out, b * hkv * rows, q_len, chunks,
-            H=h, G=g, DV=dv, R=MERGE_ROWS, COLUMNS=columns, AHEAD=4, num_warps=1,
-        )  # fmt: skip
+        _merge(top, total, acc, out, hkv, scale)
     return out.transpose(1, 2)
+
+
+def _merge(top, total, acc, out, hkv, scale):
+    _, q_len, h, dv = out.shape
+    (rows, chunks), dvp = top.shape, triton.next_power_of_2(dv)
+    columns = min(max(dvp, 16), 32)
+    launch(
+        merge_kernel, (triton.cdiv(rows, MERGE_ROWS), triton.cdiv(dvp, columns)),
+        top, total, acc, out, rows, q_len, chunks, scale,
+        H=h, G=h // hkv, DV=dv, R=MERGE_ROWS, COLUMNS=columns, AHEAD=4 if chunks <= 4 else 8,
+        num_warps=1,
+    )  # fmt: skip
+
+
+def _has_boxes(x: torch.Tensor) -> bool:
+    """Whether the tensor memory accelerator can read tiles of x."""
+    steps = [s * x.element_size() for n, s in zip(x.shape[:3], x.stride(), strict=False) if n > 1]
+    aligned = is_aligned(x) and all(n > 0 and n % 16 == 0 for n in steps)
+    return aligned and x.stride(3) == 1 and x.element_size() == 2 and x.numel() > 0
+
+
+def _boxes(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Tiles [rows, columns] of the heads of x; beyond its end they are 0."""
+    steps = [s if n > 1 else 16 for n, s in zip(x.shape[:3], x.stride(), strict=False)]
+    return TensorDescriptor(x, list(x.shape), [*steps, 1], [1, 1, rows, columns])
 
 
 def _scratch(rows, chunks, dv, like):

@@ -1,4 +1,4 @@
-"""Triton: what a mask lets each row see, found once per call (integers: exact in any order)."""
+"""Triton: what a mask lets each row see (integers: exact in any order)."""
 
 import torch
 import triton
@@ -8,18 +8,18 @@ from bicompile.kernels.common.launch import after_others, launch
 from bicompile.kernels.common.trees import strides
 
 NO_KEY = tl.constexpr(1 << 30)
+FAR = 1 << 22  # strides of keys and columns stay below this: offsets in a tile have 32 bits
 
 
 @triton.jit(do_not_specialize=["QUERIES", "ROWS", "S", "PARTS"])
 def range_kernel(
-    MASK, FIRST, LAST, PLAIN, START, QUERIES, ROWS, S, PARTS, smb, smh, smq, sms,
+    MASK, VISIBLE, QUERIES, ROWS, S, PARTS, smb, smh, smq, sms,
     BIAS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (batch row, R mask rows): first, last, plain of each row; the first of them all."""
+    """Program (batch row, R mask rows): first, last, plain of each row; start, if it is alone."""
     after_others(PDL)
     b = (tl.program_id(0) // PARTS).to(tl.int64)
-    part = tl.program_id(0) % PARTS
-    r = part * R + tl.arange(0, R)
+    r = tl.program_id(0) % PARTS * R + tl.arange(0, R)
     base = MASK + b * smb + (r // QUERIES).to(tl.int64) * smh + (r % QUERIES).to(tl.int64) * smq
     first = tl.full([R], NO_KEY, tl.int32)
     last = tl.full([R], -1, tl.int32)
@@ -38,38 +38,56 @@ def range_kernel(
         first = tl.minimum(first, tl.min(tl.where(seen, key, NO_KEY), 1))
         last = tl.maximum(last, tl.max(tl.where(seen, key, -1), 1))
     plain = (last < first) | (count == last - first + 1)
-    i = b * ROWS + r
-    tl.store(FIRST + i, first, mask=r < ROWS)
-    tl.store(LAST + i, last, mask=r < ROWS)
-    tl.store(PLAIN + i, plain.to(tl.int32), mask=r < ROWS)
-    tl.store(START + b * PARTS + part, tl.min(first, 0))
+    i = VISIBLE + (b * ROWS + r) * 4
+    tl.store(i, first, mask=r < ROWS)
+    tl.store(i + 1, last, mask=r < ROWS)
+    tl.store(i + 2, plain.to(tl.int32), mask=r < ROWS)
+    tl.store(i + 3, first, mask=r < ROWS)
 
 
-def ranges(mask: torch.Tensor, b: int, h: int, q: int, s: int):
-    """Visible range of each row of the mask.
+@triton.jit(do_not_specialize=["ROWS"])
+def start_kernel(VISIBLE, ROWS, C: tl.constexpr, PDL: tl.constexpr):
+    """Program (batch row): the first key that any of its rows sees."""
+    after_others(PDL)
+    row0 = VISIBLE + tl.program_id(0).to(tl.int64) * ROWS * 4
+    start = tl.full([C], NO_KEY, tl.int32)
+    for i in range(0, ROWS, C):
+        r = i + tl.arange(0, C)
+        start = tl.minimum(start, tl.load(row0 + r * 4, mask=r < ROWS, other=NO_KEY))
+    tl.store(row0 + 3, tl.min(start, 0))
 
-    Returns the arrays (mask, first, last, plain, start) and the numbers (parts, strides of the rows
-    in first, last and plain over batch, head and query, stride of start over batch, strides of the
-    mask over batch, head, query and key); a broadcast axis has stride 0.
-    """
+
+def _readable(mask: torch.Tensor) -> torch.Tensor:
+    """The mask with four axes, as bytes where it is boolean."""
     mask = mask[(None,) * (4 - mask.ndim)]
-    if mask.dtype == torch.bool:
-        mask = mask.view(torch.uint8)
-    if mask.stride(3) >= 1 << 22:  # an offset inside a tile stays in 32 bits
-        mask = mask.contiguous()
-    mb, mh, mq, _ = mask.shape
-    rows = mh * mq
-    per, columns = (1, 2048) if rows * mb <= 256 else (16, 256)
+    mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    return mask if mask.stride(3) < FAR else mask.contiguous()
+
+
+def visible_range(attn_mask: torch.Tensor) -> torch.Tensor:
+    """What each row of a mask sees, int32 [B, H, Q, 4] with the axes of the mask.
+
+    First key, last key, 1 if every key between is seen with bias 0; in the first row of a batch row
+    also the first key that any of its rows sees.
+    """
+    mask = _readable(attn_mask)
+    b, h, q, s = mask.shape
+    rows = h * q
+    per, columns = (1, 2048) if rows * b <= 256 else (16, 256)
     parts = triton.cdiv(rows, per)
-    sizes = (mb * rows,) * 3 + (mb * parts,)
-    first, last, plain, start = (
-        torch.empty(n, dtype=torch.int32, device=mask.device) for n in sizes
-    )
-    places = strides(mask.expand(mb, mh, mq, s))
-    bias = mask.dtype.is_floating_point
+    visible = torch.empty((b, h, q, 4), dtype=torch.int32, device=mask.device)
+    if visible.numel() == 0:
+        return visible
     launch(
-        range_kernel, mb * parts, mask, first, last, plain, start, mq, rows, s, parts, *places,
-        BIAS=bias, R=per, C=columns, num_warps=4,
+        range_kernel, b * parts, mask, visible, q, rows, s, parts, *strides(mask),
+        BIAS=mask.is_floating_point(), R=per, C=columns, num_warps=4,
     )  # fmt: skip
-    own = (0 if mb == 1 else rows, 0 if mh == 1 else mq, 0 if mq == 1 else 1)
-    return (mask, first, last, plain, start), (parts, *own, 0 if mb == 1 else parts, *places)
+    if rows > 1:
+        launch(start_kernel, b, visible, rows, C=1024, num_warps=4)
+    return visible
+
+
+def mask_arguments(attn_mask: torch.Tensor, visible: torch.Tensor, shape: tuple[int, ...]):
+    """Mask and ranges for the kernel, and their strides over [B, H, Q(, S)]: 0 for a broadcast."""
+    mask = _readable(attn_mask)
+    return (mask, visible), (*strides(visible)[:3], *strides(mask.expand(shape)))

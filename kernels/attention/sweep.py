@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 
 from bicompile.kernels.attention import gpu
-from bicompile.kernels.attention.schedules import SINGLE, TABLE, bit_class
+from bicompile.kernels.attention.schedules import SINGLE, bit_class, schedules
+from bicompile.kernels.common.launch import capability
 from bicompile.sweep import BitClass, Depth, Problem
 
 #: bytes per element -> dtypes, the first where little is tried.
@@ -31,14 +32,16 @@ ROWS = {
 
 def classes(depth: Depth) -> Iterator[BitClass]:
     """One bit class per entry of the table; one of whether the keys are split over programs."""
+    here = capability(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     splits = []
-    for size, head in TABLE:
+    for size, head in SINGLE:
         if depth is Depth.SMALL and (size, head) != (2, 64):
             continue
         single = SINGLE[size, head]
         problems = tuple(_problems(size, head, depth))
         splits += [p for p in _problems(size, head, depth, single) if "mask" in p.name]
-        yield BitClass("attention", bit_class(size, head), single, TABLE[size, head], problems)
+        members = schedules((size, head), here)
+        yield BitClass("attention", bit_class(size, head), single, members, problems)
     yield BitClass("attention", "split", False, (False, True), tuple(splits))
 
 

@@ -3,218 +3,223 @@
 import triton
 import triton.language as tl
 
-from bicompile.kernels.common.trees import INTERPRET, LOG2E
+from bicompile.kernels.common.trees import INTERPRET, LOG2E, pair_tree
 
-ONES = tl.constexpr(16)  # columns of ones that sum the weights: what a dot needs at least
+LANES = tl.constexpr(32)  # pinned: partial sums of the weights of a row
 SLICE = tl.constexpr(32)  # columns of the head in one fp32 dot
 
 
 @triton.jit
-def _weigh(s, m, TYPE: tl.constexpr):
-    """Weights of a tile of logits (base 2; unseen: -inf), new maximum, factor of what came before.
+def _fold(p, R: tl.constexpr, T: tl.constexpr):
+    """[R, T] -> [R, LANES]: columns LANES apart, by halves (in the registers of a thread)."""
+    for i in tl.static_range(5):
+        if (T >> (i + 1)) >= LANES:
+            p = tl.sum(tl.reshape(p, [R, 2, T >> (i + 1)]), 1)
+    return p
 
-    The weights are rounded to the type of the values, and summed as they are multiplied. Exact
-    no-op for a row that sees nothing here: the difference comes first, so the factor is 1.
+
+@triton.jit
+def _weigh(s, m, scale, HALF: tl.constexpr):
+    """Weights of a tile of scores (unseen: -inf), new maximum, factor of what came before.
+
+    For two-byte types the scale is part of one fma, as in the kernels of PyTorch; for fp32 the
+    difference is exact. Exact no-op for a row that sees nothing here: the difference of the maxima
+    comes before the scale, so the factor is 1.
     """
     m_new = tl.maximum(m, tl.max(s, 1))
     top = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.math.exp2(s - top[:, None]).to(TYPE)
-    return p, m_new, tl.math.exp2(m - top)[:, None]
+    if HALF:
+        p = tl.math.exp2(tl.math.fma(s, scale, -(top * scale)[:, None]))
+    else:
+        p = tl.math.exp2((s - top[:, None]) * scale)
+    return p, m_new, tl.math.exp2((m - top) * scale)
 
 
 @triton.jit
 def _load(
-    X, key0, there, stride, column_stride, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr
+    X, key0, low, top, stride, column_stride, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr
 ):
-    """Rows key0 .. of K or V, [T, DP]; 0 where there is nothing to see."""
-    d = tl.arange(0, DP)
-    at = tl.arange(0, T)[:, None] * stride + d[None, :] * column_stride
+    """Rows key0 .. of K or V, [T, DP]; 0 where no row of this program sees anything."""
+    d = tl.arange(0, DP)[None, :]
+    key = key0 + tl.arange(0, T)[:, None]
+    there = (key >= low) & (key <= top)
+    if D != DP:
+        there = there & (d < D)
     X += key0.to(tl.int64) * stride
-    return tl.load(X + at, mask=there[:, None] & (d[None, :] < D), other=0.0)
-
-
-@triton.jit
-def _load_full(X, key0, stride, column_stride, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr):
-    """The same for a tile that is seen whole."""
-    d = tl.arange(0, DP)
-    at = tl.arange(0, T)[:, None] * stride + d[None, :] * column_stride
-    X += key0.to(tl.int64) * stride
-    if D == DP:
-        x = tl.load(X + at)
-    else:
-        x = tl.load(X + at, mask=d[None, :] < D, other=0.0)
-    return x
+    return tl.load(X + tl.arange(0, T)[:, None] * stride + d * column_stride, there, other=0.0)
 
 
 @triton.jit
 def _sliced_scores(
-    q, sqd, K, key0, there, sks, skd, D: tl.constexpr, R: tl.constexpr, T: tl.constexpr
-):
+    q, sqd, K, key0, low, top, sks, skd, SIGN: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    T: tl.constexpr,
+):  # fmt: skip
     """q @ k.T in fp32, the head in slices: the same chain as a whole dot, in fewer registers."""
     s = tl.zeros([R, T], tl.float32)
-    d = tl.arange(0, SLICE)
+    d = tl.arange(0, SLICE)[None, :]
+    key = key0 + tl.arange(0, T)[:, None]
+    there = (key >= low) & (key <= top)
     k = K + key0.to(tl.int64) * sks + tl.arange(0, T)[:, None] * sks
     for d0 in range(0, D, SLICE):
-        inside = (d0 + d < D)[None, :]
-        x = tl.load(q[:, None] + (d0 + d)[None, :] * sqd, mask=inside, other=0.0)
-        y = tl.load(k + (d0 + d)[None, :] * skd, mask=there[:, None] & inside, other=0.0)
-        s = tl.dot(x, y.T, s, input_precision="ieee")
+        x = tl.load(q[:, None] + (d0 + d) * sqd, mask=d0 + d < D, other=0.0)
+        y = tl.load(k + (d0 + d) * skd, mask=there & (d0 + d < D), other=0.0)
+        s = tl.dot(x * SIGN, y.T, s, input_precision="ieee")
     return s
 
 
 @triton.jit
-def _add(p, v, acc):
-    """acc + p @ v: one chain over the keys of the tile."""
-    return tl.dot(p, v, acc, input_precision="ieee")
-
-
-@triton.jit
-def _add_weights(p, total):
-    """total + sum(p): a dot with ones, whose order is that of every dot; all columns are equal."""
-    return _add(p, tl.full([p.shape[1], ONES], 1.0, p.dtype), total)
-
-
-@triton.jit
-def _special(p, vis, v):
-    """What inf and NaN values add to the rows that see them, [R, DVP]; 0: nothing.
-
-    As p @ v: inf times a weight of 0 is NaN. Counts are exact in any order: a key adds 1 for +inf,
-    128 for -inf, 16384 or more for NaN; a tile has at most 64 keys.
-    """
-    x = v.to(tl.float32)
-    code = tl.where(x == float("inf"), 1.0, tl.where(x == float("-inf"), 128.0, 16384.0))
-    code = tl.where((x - x) != 0.0, code, 0.0).to(v.dtype)
-    w = p.to(tl.float32)
-    touch = tl.where(w > 0.0, 1.0, tl.where(w == 0.0, 16384.0, 0.0))
-    touch = tl.where(vis, touch, 0.0)
-    # A gather of everything in its place: Triton 3.6 would else hand `vis` to the dot as an operand
-    # of single bits, which it cannot lower.
-    place = tl.broadcast_to(tl.arange(0, p.shape[1])[None, :], p.shape)
-    touch = tl.gather(touch, place, 1).to(v.dtype)
-    n = _add(touch, code, tl.zeros([p.shape[0], v.shape[1]], tl.float32))
-    extra = tl.where(n - tl.floor(n / 128.0) * 128.0 > 0.0, float("inf"), 0.0)
-    extra = extra + tl.where(n >= 128.0, float("-inf"), 0.0)
-    return tl.where(n >= 16384.0, float("nan"), extra)
+def opaque(x, PURE: tl.constexpr = True):
+    """x (int32), through a move that the compiler does not look into; not PURE: it stays."""
+    if not INTERPRET:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.int32, PURE, 1)
+    return x
 
 
 @triton.jit
 def _seen(x):
     """Whether the byte of a mask is set.
 
-    Through an opaque move: where an operand of a dot derives from bytes, Triton takes a wider
-    layout (kWidth 4), in which mma.sync meets the terms of K in another order, with other bits.
+    Where an operand of a dot visibly derives from bytes, Triton takes a wider layout (kWidth 4), in
+    which mma.sync meets the terms of K in another order, with other bits. A pure move would not
+    hide them.
     """
-    x = x.to(tl.int32)
-    if not INTERPRET:
-        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.int32, False, 1)
-    return x != 0
+    return opaque(x.to(tl.int32), False) != 0
 
 
 @triton.jit
 def _visible(
-    s, key0, first, last, plain, MASK, sms,
+    s, key0, first, last, plain, MASK, sms, scale,
     T: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Logits with the mask applied (unseen: -inf), and what each row sees."""
+    """Scores with the mask applied (unseen: -inf), and what each row sees.
+
+    A bias is divided by the scale, so that a row without one has the bits that it has elsewhere; in
+    units of the exponent first, where the lowest finite number becomes -inf.
+    """
     j = tl.arange(0, T)
-    key = key0 + j
-    vis = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
+    width = tl.maximum(last - first + 1, 0).to(tl.uint32)
+    vis = ((key0 - first)[:, None] + j[None, :]).to(tl.uint32) < width[:, None]
     if MASKED:  # no branch: where the range of a row says it all, nothing is loaded
         at = (MASK + key0.to(tl.int64) * sms)[:, None] + j[None, :] * sms
         x = tl.load(at, mask=vis & (plain[:, None] < 1), other=0)
         if BIAS:
             x = x.to(tl.float32)
             vis = vis & (x != float("-inf"))
-            s = s + x * LOG2E
+            s = s + x * LOG2E * (1.0 / scale)
         else:
             vis = vis & (_seen(x) | (plain[:, None] > 0))
     return tl.where(vis, s, float("-inf")), vis
 
 
 @triton.jit
-def _scores(
-    q, sqd, K, key0, there, sks, skd, scale,
-    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
+def _wild(
+    acc, any, p, vis, V, key0, low, top, stride, column_stride, DV: tl.constexpr, T: tl.constexpr
+):
+    """acc with the infinite and NaN values of a tile, each added to the rows that see its key."""
+    j = tl.arange(0, T)[None, :]
+    d = tl.arange(0, acc.shape[1])
+    for i in tl.range(0, tl.where(any, T, 0), num_stages=1):
+        key = (key0 + i).to(tl.int64)
+        columns = tl.where((key >= low) & (key <= top), DV, 0)
+        x = tl.load(V + key * stride + d * column_stride, mask=d < columns, other=0.0)
+        x = x.to(tl.float32)
+        weight = tl.sum(tl.where(j == i, p.to(tl.float32), 0.0), 1)[:, None]  # one term: exact
+        touched = tl.max(tl.where((j == i) & vis, 1, 0), 1)[:, None] > 0
+        acc = tl.where(touched & (x - x != 0.0)[None, :], acc + weight * x[None, :], acc)
+    return acc
+
+
+@triton.jit
+def _tile(
+    key0, partial, m, lanes, acc, q, K, V, KT, VT, MASK, first, last, plain, low, top, b, h,
+    sqd, sks, skd, svs, svd, sms, scale,
+    SIGN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    R: tl.constexpr, T: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """Logits of a tile. q: the queries [R, DP]; in fp32 their addresses [R]."""
-    if q.dtype.is_ptr():
-        s = _sliced_scores(q, sqd, K, key0, there, sks, skd, D, R, T)
+    """One step of the online softmax: keys key0 .. key0 + T - 1."""
+    if TMA:
+        k = tl.reshape(KT.load([b, h, key0, 0]), [T, DP])
+        v = tl.reshape(VT.load([b, h, key0, 0]), [T, DVP])
+        s = tl.dot(q, k.T)
+    elif q.dtype.is_ptr():
+        s = _sliced_scores(q, sqd, K, key0, low, top, sks, skd, SIGN, D, R, T)
+        v = _load(V, key0, low, top, svs, svd, DV, DVP, T)
     else:
-        s = tl.dot(q, _load(K, key0, there, sks, skd, D, DP, T).T)
-    return s * scale
+        k = _load(K, key0, low, top, sks, skd, D, DP, T)
+        v = _load(V, key0, low, top, svs, svd, DV, DVP, T)
+        s = tl.dot(q, k.T)
+    if MASKED or CAREFUL:
+        s, vis = _visible(s, key0, first, last, plain, MASK, sms, scale, T, MASKED, BIAS)
+    elif partial:
+        bound = opaque(last)
+        s, _ = _visible(s, key0, first, bound, plain, MASK, sms, scale, T, False, False)
+    p, m, factor = _weigh(s, m, scale, v.dtype.primitive_bitwidth == 16)
+    lanes = tl.math.fma(lanes, tl.broadcast_to(factor[:, None], lanes.shape), _fold(p, R, T))
+    p = p.to(v.dtype)
+    if CAREFUL:
+        wild = (v - v) != 0.0
+        v = tl.where(wild, 0.0, v).to(v.dtype)
+    acc = tl.dot(p, v, acc * factor[:, None], input_precision="ieee")
+    if CAREFUL:
+        wild = tl.max(tl.max(wild.to(tl.int32), 1), 0) > 0
+        acc = _wild(acc, wild, p, vis, V, key0, low, top, svs, svd, DV, T)
+    return m, lanes, acc
 
 
 @triton.jit
-def _partial_tile(
-    t, m, total, acc, q, K, V, MASK, first, last, plain, low, top, anchor,
+def attend(
+    q, K, V, KT, VT, MASK, first, last, plain, b, h, anchor, t0, t1, c0, c1, head, full, low, top,
     sqd, sks, skd, svs, svd, sms, scale,
-    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, R: tl.constexpr,
-    T: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr,
+    SIGN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    R: tl.constexpr, T: tl.constexpr, PER: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """A tile of which some row sees only a part. What a row does not see adds nothing to it."""
-    key0 = anchor + t * T
-    there = (key0 + tl.arange(0, T) >= low) & (key0 + tl.arange(0, T) <= top)
-    s = _scores(q, sqd, K, key0, there, sks, skd, scale, D, DP, R, T)
-    s, vis = _visible(s, key0, first, last, plain, MASK, sms, T, MASKED, BIAS)
-    v = _load(V, key0, there, svs, svd, DV, DVP, T)
-    p, m, factor = _weigh(s, m, v.dtype)
-    total = _add_weights(p, total * factor)
-    bad = (v - v) != 0.0  # inf and NaN: as 0 here, then what they are to the rows that see them
-    acc = _add(p, tl.where(bad, 0.0, v).to(v.dtype), acc * factor)
-    if tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0:
-        acc = acc + _special(p, vis, _load(V, key0, there, svs, svd, DV, DVP, T))
-    return m, total, acc
+    """Maximum, sum of weights and weighted values over tiles [t0, t1) in chunks [c0, c1).
 
-
-@triton.jit
-def attend_chunk(
-    q, K, V, MASK, first, last, plain, low, top, anchor, lo, mid, hi, ranged,
-    sqd, sks, skd, svs, svd, sms, scale,
-    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, R: tl.constexpr,
-    T: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Maximum, sum of weights and weighted values over tiles [lo, hi) of a chunk.
-
-    Every row sees tiles [lo, mid) whole. Of the rest the ranges say all where `ranged`; else the
-    mask is read. (Loops of their own: what is not needed is not even fetched as code.)
+    MASKED: the ranges of the rows do not say all, the mask is read. CAREFUL: inf and NaN in V touch
+    only the rows that see them; else they may turn a row that does not see them to NaN.
     """
-    m = tl.full([R], float("-inf"), tl.float32)
-    total = tl.zeros([R, ONES], tl.float32)
-    acc = tl.zeros([R, DVP], tl.float32)
-    for t in tl.range(lo, mid, num_stages=STAGES):
-        key0 = anchor + t * T
-        if q.dtype.is_ptr():
-            there = tl.full([T], 1, tl.int1)
-            s = _sliced_scores(q, sqd, K, key0, there, sks, skd, D, R, T) * scale
-        else:
-            s = tl.dot(q, _load_full(K, key0, sks, skd, D, DP, T).T) * scale
-        v = _load_full(V, key0, svs, svd, DV, DVP, T)
-        p, m, factor = _weigh(s, m, v.dtype)
-        total = _add_weights(p, total * factor)
-        acc = _add(p, v, acc * factor)
-    edge = tl.where(ranged, hi, mid)
-    for t in tl.range(mid, edge, num_stages=1):
-        m, total, acc = _partial_tile(
-            t, m, total, acc, q, K, V, MASK, first, last, plain, low, top, anchor,
-            sqd, sks, skd, svs, svd, sms, scale, D, DV, DP, DVP, R, T, False, False,
-        )  # fmt: skip
-    if MASKED:
-        for t in tl.range(edge, hi, num_stages=1):
-            m, total, acc = _partial_tile(
-                t, m, total, acc, q, K, V, MASK, first, last, plain, low, top, anchor,
-                sqd, sks, skd, svs, svd, sms, scale, D, DV, DP, DVP, R, T, True, BIAS,
+    if K.dtype.element_ty != tl.float32:
+        d = tl.arange(0, DP)[None, :]
+        q = tl.load(q[:, None] + d * sqd, mask=d < D, other=0.0)
+        if SIGN != 1:
+            q = (q * SIGN).to(q.dtype)
+    W: tl.constexpr = LANES if T > LANES else T
+    mt = tl.full([R], float("-inf"), tl.float32)
+    lt = tl.zeros([R], tl.float32)
+    at = tl.zeros([R, DVP], tl.float32)
+    for c in tl.range(c0, c1):
+        m = tl.full([R], float("-inf"), tl.float32)
+        lanes = tl.zeros([R, W], tl.float32)
+        acc = tl.zeros([R, DVP], tl.float32)
+        lo = tl.maximum(t0, c * PER)
+        hi = tl.minimum(t1, c * PER + PER)
+        for t in tl.range(lo, hi, num_stages=STAGES):
+            key0 = anchor + t * T
+            m, lanes, acc = _tile(
+                key0, (t >= full) | (key0 < head), m, lanes, acc,
+                q, K, V, KT, VT, MASK, first, last, plain, low, top, b, h,
+                sqd, sks, skd, svs, svd, sms, scale,
+                SIGN, D, DV, DP, DVP, R, T, TMA, MASKED, BIAS, CAREFUL,
             )  # fmt: skip
-    return m, tl.max(total, 1), acc
+        l = pair_tree(lanes, R, W)
+        if SPLIT:
+            mt, lt, at = m, l, acc
+        else:
+            mt, lt, at = merge(mt, lt, at, m, l, acc, scale)
+    return mt, lt, at
 
 
 @triton.jit
-def merge(mt, lt, at, m, l, a):
+def merge(mt, lt, at, m, l, a, scale):
     """Join the next chunk to what came before; exact no-op when either saw nothing."""
     mn = tl.maximum(mt, m)
     top = tl.where(mn == float("-inf"), 0.0, mn)
-    old = tl.math.exp2(mt - top)
-    new = tl.math.exp2(m - top)
-    return mn, lt * old + l * new, at * old[:, None] + a * new[:, None]
+    old = tl.math.exp2((mt - top) * scale)
+    new = tl.math.exp2((m - top) * scale)
+    at = tl.math.fma(a, tl.broadcast_to(new[:, None], a.shape), at * old[:, None])
+    return mn, tl.math.fma(l, new, lt * old), at
 
 
 @triton.jit
@@ -225,16 +230,23 @@ def _halves(x, W: tl.constexpr):
 
 
 @triton.jit
-def merge_run(mt, lt, at, m, l, a, W: tl.constexpr):
+def merge_run(mt, lt, at, m, l, a, scale, W: tl.constexpr):
     """Merge W chunks (the leading axis), in order."""
     if W == 1:
-        mt, lt, at = merge(
-            mt, lt, at, tl.reshape(m, mt.shape), tl.reshape(l, lt.shape), tl.reshape(a, at.shape)
-        )
+        m, l, a = tl.reshape(m, mt.shape), tl.reshape(l, lt.shape), tl.reshape(a, at.shape)
+        mt, lt, at = merge(mt, lt, at, m, l, a, scale)
     else:
         m0, m1 = _halves(m, W)
         l0, l1 = _halves(l, W)
         a0, a1 = _halves(a, W)
-        mt, lt, at = merge_run(mt, lt, at, m0, l0, a0, W // 2)
-        mt, lt, at = merge_run(mt, lt, at, m1, l1, a1, W // 2)
+        mt, lt, at = merge_run(mt, lt, at, m0, l0, a0, scale, W // 2)
+        mt, lt, at = merge_run(mt, lt, at, m1, l1, a1, scale, W // 2)
     return mt, lt, at
+
+
+@triton.jit
+def finish(l, a, OUT):
+    """Divide and round; a row that saw no key is 0, and a zero is +0."""
+    over = tl.where(l == 0.0, 0.0, tl.div_rn(1.0, l))
+    over = tl.broadcast_to(over[:, None], a.shape)
+    return tl.math.fma(a, over, tl.zeros(a.shape, tl.float32)).to(OUT.dtype.element_ty)
