@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from bicompile.certificate import one_schedule
 from bicompile.graph import subgraphs, value
 from bicompile.inductor import outside_tracing
-from bicompile.registry import KERNELS
+from bicompile.registry import OPS
 
 #: What each size that may vary is set to: bounds of schedules are powers of two.
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
@@ -49,8 +49,7 @@ def build(node: Node) -> None:
 
     schedules = one_schedule if node.target._overloadname == "single" else nullcontext  # type: ignore[union-attr]
     name = node.target.name().split("::")[1].split(".")[0]  # type: ignore[union-attr]
-    family = KERNELS[name].family
-    launch = getattr(importlib.import_module(f"bicompile.kernels.{family}.gpu"), name)
+    launch = getattr(importlib.import_module(f"bicompile.kernels.{OPS[name].family}.gpu"), name)
     args = tree_map(value, node.args)
     for size in SIZES if _varies(args) else SIZES[:1]:
         with schedules(), building_for(_device(node)), outside_tracing():

@@ -31,7 +31,7 @@ def flop(node: Node) -> int:
     if not isinstance(node.target, torch._ops.OpOverload):
         return 0
     name = node.target._schema.name
-    if name == "bicompile::sdpa":
+    if name in ("bicompile::sdpa", "bicompile::sdpa_visible"):
         return _attention(node)
     formula = flop_registry.get(_SAME_WORK.get(name, node.target.overloadpacket))
     if formula is None:

@@ -18,7 +18,7 @@ from bicompile.independence import Independence
 from bicompile.pipeline import Run
 from bicompile.program import Step, steps
 from bicompile.provenance import Fate, Snapshot
-from bicompile.registry import KERNELS
+from bicompile.registry import KERNELS, OPS
 from bicompile.report import Decision, Verdict
 
 
@@ -110,7 +110,7 @@ def _row(fate: Fate, choices: Mapping[str, schedules.Choice | None]) -> Row:
     choice = choices.get(main.name) if main else None
     order = ""
     if main and main.target.startswith("bicompile."):
-        order = KERNELS[main.target.split(".")[1]].order
+        order = OPS[main.target.split(".")[1]].order
     return Row(
         name=node.name,
         target=node.target,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bicompile import inductor, machine
-from bicompile.registry import KERNELS
+from bicompile.registry import OPS
 
 if TYPE_CHECKING:
     from bicompile.explanation import GraphExplanation
@@ -39,7 +39,7 @@ def pins(graphs: Iterable[GraphExplanation], device: str) -> dict[str, str]:
     patches = inductor.config_patches(None, "")
     names |= {f"inductor {key}": str(patches[key]) for key in inductor.PINNED if key in patches}
     names["source of pointwise code"] = _digest([inductor.HEADER, Path(inductor.__file__)])
-    families = {KERNELS[op.split(".")[1]].family for op in _ours(graphs)}
+    families = {OPS[op.split(".")[1]].family for op in _ours(graphs)}
     for family in sorted(families):
         names[f"source of {family}"] = source_digest(family, device)
     return names

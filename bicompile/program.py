@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from bicompile import graph, provenance
 from bicompile.passes.audit import ALLOWED, reason_to_stay
-from bicompile.registry import KERNELS
+from bicompile.registry import OPS
 
 _MOVING = ("view or copy", "gather", "write", "size")
 _CREATES = ALLOWED["creation"][1]
@@ -119,10 +119,14 @@ def _nodes(x: Any) -> list[Node]:
 
 def _arguments(node: Node) -> list[Any]:
     """The arguments in order, without those that say which keys are seen: masked is absent."""
-    kernel = KERNELS.get(_name(node))
+    kernel = OPS.get(_name(node))
     if kernel is None or getattr(node.target, "namespace", "") != "bicompile":
         return [*node.args, *node.kwargs.items()]
-    hidden = {"is_causal", *(name for case in kernel.contract.cases for name in case.masks)}
+    hidden = {
+        "is_causal",
+        "visible",
+        *(name for case in kernel.contract.cases for name in case.masks),
+    }
     names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
     return [a for name, a in zip(names, node.args, strict=False) if name not in hidden]
 
@@ -165,7 +169,7 @@ def _step(node: Node, number: int, sources: Sequence[Sources]) -> Step:
     reads = tuple(tuple(sorted(_reads(operand, number))) for operand in sources)
     return Step(
         op=target,
-        order=KERNELS[name].order if ours else "",
+        order=OPS[name].order if ours else "",
         arguments=_numbers(node, creates=name in _CREATES),
         dtypes=f"{_dtypes(_operands(node))} -> {_dtypes([node])}",
         reads=reads,

@@ -68,6 +68,9 @@ class Kernel:
 
 _KERNELS: dict[str, Kernel] = {}
 KERNELS: Mapping[str, Kernel] = MappingProxyType(_KERNELS)
+_OPS: dict[str, Kernel] = {}
+OPS: Mapping[str, Kernel] = MappingProxyType(_OPS)
+"""Name of an op of ours -> the kernel that it is, or is a part of."""
 
 
 def register(kernel: Kernel) -> Kernel:
@@ -82,16 +85,26 @@ def register(kernel: Kernel) -> Kernel:
         reason = f"import it as bicompile.{kernel.reference.__module__}"
         raise RegistrationError(name=kernel.name, reason=reason)
     fake = kernel.fake or _derived_fake(kernel.contract.cases[0])
-    for name, schedules in ((kernel.name, nullcontext), (f"{kernel.name}.single", one_schedule)):
-        _LIBRARY.define(name + kernel.schema, tags=_TAGS)
-        torch.library.register_fake(f"bicompile::{name}", fake, lib=_LIBRARY)
-        _LIBRARY.impl(name, _cuda_implementation(kernel, schedules), "CUDA")
+    define_part(kernel, kernel.name, kernel.schema, fake)
     _KERNELS[kernel.name] = kernel
     return kernel
 
 
+def define_part(kernel: Kernel, name: str, schema: str, fake: Callable[..., Any]) -> None:
+    """Define ``bicompile::<name>``; on CUDA it is the function of that name in the ``gpu.py``.
+
+    For the kernel itself, and for the parts into which a pass opens it on a GPU: those promise what
+    the kernel does, and have no contract of their own.
+    """
+    for overload, schedules in ((name, nullcontext), (f"{name}.single", one_schedule)):
+        _LIBRARY.define(overload + schema, tags=_TAGS)
+        torch.library.register_fake(f"bicompile::{overload}", fake, lib=_LIBRARY)
+        _LIBRARY.impl(overload, _cuda_implementation(name, kernel.family, schedules), "CUDA")
+    _OPS[name] = kernel
+
+
 def _cuda_implementation(
-    kernel: Kernel, schedules: Callable[[], AbstractContextManager[None]]
+    name: str, family: str, schedules: Callable[[], AbstractContextManager[None]]
 ) -> Callable[..., Any]:
     """Import the family's Triton code when the first CUDA tensor arrives."""
     launch: Callable[..., Any] | None = None
@@ -99,8 +112,8 @@ def _cuda_implementation(
     def implementation(*args: Any, **kwargs: Any) -> Any:
         nonlocal launch
         if launch is None:
-            module = importlib.import_module(f"bicompile.kernels.{kernel.family}.gpu")
-            launch = getattr(module, kernel.name)
+            module = importlib.import_module(f"bicompile.kernels.{family}.gpu")
+            launch = getattr(module, name)
         with schedules(), torch.cuda.device_of(args[0]):
             return launch(*args, **kwargs)
 

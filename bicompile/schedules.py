@@ -24,7 +24,7 @@ from bicompile.kernels.attention import schedules as attention_table
 from bicompile.kernels.matmul import schedules as matmul_table
 from bicompile.kernels.reduce import schedules as rows_table
 from bicompile.kernels.rope import schedules as rope_table
-from bicompile.registry import KERNELS
+from bicompile.registry import OPS
 
 BLOCK = 4096
 """Largest block of a row kernel on a GPU (kernels/common/trees.py)."""
@@ -48,10 +48,10 @@ def choose(node: Node) -> Choice | None:
     """The schedules of a call of ours; None for any other node."""
     if getattr(node.target, "namespace", "") != "bicompile":
         return None
-    kernel = KERNELS[node.target._schema.name.split("::")[1]]  # type: ignore[union-attr]
+    name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
     device = value(node.args[0]).device.type
-    function = _FUNCTIONS.get((kernel.family, device))
-    return function(kernel.name, [value(a) for a in node.args]) if function else _ONE
+    function = _FUNCTIONS.get((OPS[name].family, device)) if name != "visible_range" else None
+    return function(name, [value(a) for a in node.args]) if function else _ONE
 
 
 _ONE = Choice("one loop over the rows", ("one loop over the rows",))

@@ -13,6 +13,19 @@ becomes::
     %o = bicompile.sdpa.default(%q, %k, ...)
 
 because our attention reads head h of Q with head h // R of K: the same numbers without the copies.
+
+`share_visible_ranges`, on a GPU: attention first finds which keys each row of its mask sees. ::
+
+    %a = bicompile.sdpa.default(%q1, %k1, %v1, %mask, False, 0.125)
+    %b = bicompile.sdpa.default(%q2, %k2, %v2, %mask, False, 0.125)
+
+becomes::
+
+    %r = bicompile.visible_range.default(%mask)
+    %a = bicompile.sdpa_visible.default(%q1, %k1, %v1, %mask, %r, 0.125)
+    %b = bicompile.sdpa_visible.default(%q2, %k2, %v2, %mask, %r, 0.125)
+
+because the layers of a model share their mask, and so a step of decoding reads it once.
 """
 
 from __future__ import annotations
@@ -21,17 +34,20 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from bicompile.graph import value
+from bicompile.graph import Emit, value
 from bicompile.registry import load_all
 
 aten = torch.ops.aten
 _SDPA = load_all()["sdpa"].op
+_RANGE = torch.ops.bicompile.visible_range.default
+_SDPA_VISIBLE = torch.ops.bicompile.sdpa_visible.default
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
 def canonicalize(gm: GraphModule, *, run) -> None:
     """All sub-passes in order."""
     undo_repeat_kv(gm, run=run)
+    share_visible_ranges(gm, run=run)
 
 
 def undo_repeat_kv(gm: GraphModule, *, run) -> None:
@@ -65,3 +81,29 @@ def _before_repeat(node: Node) -> Node | None:
         statically_known_true(before[i] == after[i]) for i in (0, 2, 3)
     )
     return source if unchanged else None
+
+
+def share_visible_ranges(gm: GraphModule, *, run) -> None:
+    """On a GPU, find what a mask shows once for all attention nodes that read it."""
+    ranges: dict[Node, Node] = {}
+    for node in list(gm.graph.find_nodes(op="call_function", target=_SDPA)):
+        query, key, val, mask, is_causal, scale = node.args
+        if mask is None or is_causal or value(mask).device.type != "cuda":
+            continue
+        every_key = statically_known_true(value(mask).shape[-1] == value(key).shape[2])
+        if not every_key or not run.fuel():
+            continue
+        if mask not in ranges:
+            ranges[mask] = Emit(_after(mask))(_RANGE, mask)
+        emit = Emit(node)
+        new = emit(_SDPA_VISIBLE, query, key, val, mask, ranges[mask], scale)
+        run.decide(node, "reads its mask's ranges from a node of their own", became=str(new.target))
+        emit.take_place(new)
+
+
+def _after(node: Node) -> Node:
+    """The first node behind `node` that may be preceded by a call."""
+    node = node.next
+    while node.op == "placeholder":
+        node = node.next
+    return node

@@ -19,14 +19,15 @@ import torch
 from torch.fx import GraphModule
 
 from bicompile.graph import value
-from bicompile.registry import KERNELS
+from bicompile.registry import OPS
 
 
 def schedule(gm: GraphModule, *, run) -> None:
     """Take the overload `single` of each of our ops, if that is asked for."""
     if run.options.schedules != "single":
         return
-    overloads = {kernel.op: kernel.single for kernel in KERNELS.values()}
+    packets = [getattr(torch.ops.bicompile, name) for name in OPS]
+    overloads = {packet.default: packet.single for packet in packets}
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in overloads and _on_gpu(node):
             node.target = overloads[node.target]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from rewriting import rewrite, x
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
 
 from bicompile import ahead, certificate, registry, testing
@@ -100,6 +101,27 @@ def test_no_kernel_is_built_after_compilation():
         finally:
             knobs.runtime.jit_post_compile_hook = None
     assert seen == []
+
+
+def test_parts_of_attention_are_built_by_their_own_names(monkeypatch):
+    """What a pass opens on a GPU is built ahead, too, through the tensor memory accelerator."""
+    launched = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *a, **k: launched.append((self, a, k)))
+    monkeypatch.setattr(certificate, "permits", lambda *a: True)
+    monkeypatch.setattr(launching, "_real", lambda device: torch.device("cpu"))
+
+    def layer(q, k, mask):
+        visible = torch.ops.bicompile.visible_range(mask)
+        return torch.ops.bicompile.sdpa_visible(q, k, k, mask, visible, 0.3)
+
+    q, k = (torch.empty(2, h, 16, 64, dtype=torch.bfloat16, device="meta") for h in (4, 2))
+    mask = torch.ones(2, 1, 16, 16, dtype=torch.bool, device="meta")
+    for node in nodes(make_fx(layer, tracing_mode="fake")(q, k, mask)):
+        ahead.build(node)
+    names = [function.__name__ for function, _, _ in launched]
+    assert names == ["range_kernel", "start_kernel", "attention_kernel"]
+    assert all(k["warmup"] for _, _, k in launched)
+    assert launched[-1][2]["TMA"]
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)

@@ -11,6 +11,9 @@ import transformers
 from perturbed import ROWS, Model, confirm, numbers
 from rewriting import rewrite
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from bicompile.independence import MIXES, PROVEN, UNDECIDED, prove, prove_model
 
@@ -285,6 +288,13 @@ def graph_of(function, *args):
     return rewrite(function, *args)[0]
 
 
+def trace_of(function, *args):
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        context = StatelessSymbolicContext([DimDynamic.DUCK, *[DimDynamic.STATIC] * 3])
+        fakes = [mode.from_tensor(x, symbolic_context=context) for x in args]
+        return make_fx(function, tracing_mode="symbolic")(*fakes)
+
+
 def test_graph_after_our_passes():
     weights = [numbers(8, 8) for _ in range(4)]
     args = numbers(ROWS, 1, 8), numbers(ROWS, 6, 8), torch.tensor([3]), weights
@@ -295,6 +305,20 @@ def test_graph_after_our_passes():
     found = prove(gm)
     assert len(found) == 5
     assert {(f.verdict, f.axis) for f in found} == {(PROVEN, 0)}, found
+
+
+@pytest.mark.parametrize("form,verdict", [("rows", PROVEN), ("queries", MIXES)])
+def test_what_a_mask_shows(form, verdict):
+    """Its ranges are counted over the rows of a mask: those must not be rows of the batch."""
+
+    def attention(q, bias):
+        ours = torch.ops.bicompile
+        if form == "queries":
+            q, bias = q.permute(1, 2, 0, 3), bias.permute(1, 2, 0, 3)
+        return ours.sdpa_visible(q, q, q, bias, ours.visible_range(bias), 0.3)
+
+    found = prove(trace_of(attention, numbers(ROWS, 1, 6, 8), numbers(ROWS, 1, 6, 6)))
+    assert {f.verdict for f in found} == {verdict}, found
 
 
 def test_line_inside_a_repeated_layer():

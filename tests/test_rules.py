@@ -7,10 +7,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from rewriting import count, rewrite, x
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from bicompile import registry, testing
 from bicompile.errors import UnsupportedOp
+from bicompile.options import Options
+from bicompile.passes.canonicalize import canonicalize
 from bicompile.passes.rules import OVER_THE_BATCH, RULES
+from bicompile.pipeline import OPTIONAL, Run
+from bicompile.report import Report
 
 registry.load_all()
 aten = torch.ops.aten
@@ -200,6 +206,49 @@ def test_an_interleaved_repeat_is_left_alone():
 
     _, _, result, expected = rewrite(attend, x(2, 4, 6, 8), x(2, 2, 6, 8), x(2, 2, 6, 8))
     torch.testing.assert_close(result, expected)
+
+
+# --------------------------------------------------------------------------------- visible ranges
+
+
+def _two_layers(device, keys=6, causal=False):
+    """Two attention nodes with one mask and a third with another, after `canonicalize`."""
+
+    def layers(q, k, mask, other):
+        for m in (mask, mask, other):
+            q = ours.sdpa(q, k, k, m, causal, 0.3)
+        return q
+
+    with FakeTensorMode():
+        q, k = (torch.empty(2, 4, n, 8, device=device) for n in (3, 6))
+        masks = [torch.empty(2, 1, 3, keys, dtype=torch.bool, device=device) for _ in range(2)]
+        gm = make_fx(layers)(q, k, *masks)
+        before = [n.meta["val"] for n in gm.graph.find_nodes(op="output")[0].all_input_nodes]
+        run = Run(Options.parse({}, passes=OPTIONAL), Report("test"), inference=True)
+        canonicalize(gm, run=run)
+    gm.graph.lint()
+    (after,) = (n.meta["val"] for n in gm.graph.find_nodes(op="output")[0].all_input_nodes)
+    assert after.shape == before[0].shape and after.stride() == before[0].stride()
+    return gm
+
+
+def test_layers_share_the_ranges_of_a_mask():
+    gm = _two_layers("cuda")
+    ranges = gm.graph.find_nodes(op="call_function", target=ours.visible_range.default)
+    read = [n.args[4] for n in gm.graph.nodes if n.target is ours.sdpa_visible.default]
+    assert read == [ranges[0], ranges[0], ranges[1]] or read == [ranges[1], ranges[1], ranges[0]]
+    assert all(tuple(n.meta["val"].shape) == (2, 1, 3, 4) for n in ranges)
+    assert count(gm, ours.sdpa.default) == 0
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"device": "cpu"}, {"device": "cuda", "keys": 1}, {"device": "cuda", "causal": True}],
+)
+def test_attention_stays_whole_without_ranges_to_share(setting):
+    gm = _two_layers(**setting)
+    assert count(gm, ours.sdpa.default) == 3
+    assert count(gm, ours.visible_range.default) == 0
 
 
 # ------------------------------------------------------------------------------------ the runner

@@ -215,8 +215,7 @@ def test_ranges_of_a_mask(shape):
     b, h, n, s = shape
     q, k, v = _qkv(b, 4 if h == 1 else h, 1, n, s, 32, 32, FULL)
     want = attention.sdpa(q, k, v, seen, False, 0.3)
-    visible = attention.visible_range(seen)
-    same(attention.sdpa(q, k, v, seen, False, 0.3, visible), want)
+    same(attention.sdpa_visible(q, k, v, seen, attention.visible_range(seen), 0.3), want)
     one_by_one = [
         attention.sdpa(*(t[i : i + 1] for t in (q, k, v, seen)), False, 0.3) for i in range(b)
     ]

@@ -80,7 +80,7 @@ def test_the_overload_single_runs_one_schedule(monkeypatch):
     calls = [mm.op, mm.single, mm.op]
     if INTERPRET:  # no CUDA tensors to dispatch on
         calls = [
-            registry._cuda_implementation(mm, manager)
+            registry._cuda_implementation("mm", mm.family, manager)
             for manager in (registry.nullcontext, certificate.one_schedule, registry.nullcontext)
         ]
     results = [call(x, w.t(), False) for call in calls]

@@ -172,6 +172,14 @@ def attention(call: Call) -> list[Value]:
     return [out if len(s) == out.rank else stats for s in call.shapes]
 
 
+def visible_range(call: Call) -> list[Value]:
+    """What a mask shows: one number of a row counts all rows and heads of its batch entry."""
+    mask = call["attn_mask"]
+    call.combined(*mask.axes[-3:], how="finds the visible keys over")
+    lead = mask.axes[0] if mask.rank == 4 else ()
+    return [Value((lead, *map(plain, call.shape[1:])))]
+
+
 def _heads(query: Axis, key: Axis) -> Axis:
     """An axis of both; of several query heads that share a head of the keys, that of the queries.
 

@@ -97,7 +97,8 @@ _GROUPS: tuple[tuple[Callable[..., Any], str, str], ...] = (
 _OURS: tuple[tuple[Callable[..., Any], str], ...] = (
     (combining.by_letters, "mm bmm addmm baddbmm mm_add swiglu qkv_proj"),
     (combining.heads, "qk_norm_rope"),
-    (combining.attention, "sdpa"),
+    (combining.attention, "sdpa sdpa_visible"),
+    (combining.visible_range, "visible_range"),
     (combining.reduced, "sum mean prod var std var_mean logsumexp norm"),
     (combining.along, "softmax log_softmax"),
     (combining.normalised, "layer_norm rms_norm"),

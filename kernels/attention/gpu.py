@@ -231,6 +231,11 @@ def _mode(attn_mask, is_causal):
     return "mask" if attn_mask is not None else "causal" if is_causal else "all"
 
 
+def sdpa_visible(query, key, value, attn_mask, visible, scale):
+    """sdpa with a mask whose ranges are known."""
+    return sdpa(query, key, value, attn_mask, False, scale, visible)
+
+
 def sdpa(
     query, key, value, attn_mask, is_causal, scale, visible=None, chosen=None, split=None,
     dtype=None,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from bicompile.contract import Case, Contract
 from bicompile.errors import UnsupportedGradient
-from bicompile.registry import Kernel, register
+from bicompile.registry import Kernel, define_part, register
 
 
 def sdpa_reference(query, key, value, attn_mask, is_causal, scale):
@@ -71,6 +71,27 @@ sdpa = register(
         " from the first visible one, merged in order",
         fake=_fake,
     )
+)
+
+
+def _fake_range(attn_mask):
+    shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+    return attn_mask.new_empty((*shape[:3], 4), dtype=torch.int32)
+
+
+def _fake_visible(query, key, value, attn_mask, visible, scale):
+    return _fake(query, key, value, attn_mask, False, scale)
+
+
+# sdpa with a mask on a GPU, in two steps: what each row of the mask sees (int32 [B, H, Q, 4], see
+# `masks`), and the rest. `passes.canonicalize` opens it, so that layers share the first step.
+define_part(sdpa, "visible_range", "(Tensor attn_mask) -> Tensor", _fake_range)
+define_part(
+    sdpa,
+    "sdpa_visible",
+    "(Tensor query, Tensor key, Tensor value, Tensor attn_mask, Tensor visible, float scale)"
+    " -> Tensor",
+    _fake_visible,
 )
 
 
