@@ -1,0 +1,75 @@
+"""Triton kernels compiled for sm_90, without a GPU: what equal bits need of the compiler."""
+
+import re
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from bicompile import certificate
+
+
+class _NoDevice:
+    """A driver that knows a target and nothing else."""
+
+    get_current_device = get_current_stream = lambda self, *_: 0
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)  # noqa: E731
+    get_active_torch_device = lambda self: torch.device("cpu")  # noqa: E731
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The kernels that a call would launch; they are compiled and left at that."""
+    kernels, run = {}, JITFunction.run
+
+    def compile_only(self, *args, grid, warmup=False, **options):
+        kernels[self.__name__] = run(self, *args, grid=grid, warmup=True, **options)
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(driver, "_active", _NoDevice())
+    monkeypatch.setattr(certificate, "permits", lambda *_: True)
+    return kernels
+
+
+def _operand_layouts(kernel):
+    return {int(k) for k in re.findall(r"kWidth = (\d)", kernel.asm["ttgir"])}
+
+
+@triton.jit
+def _weights_from_bytes(MASK, V, OUT):
+    i = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    p = tl.where(tl.load(MASK + i) != 0, 1.0, 0.5).to(tl.bfloat16)
+    tl.store(OUT + i, tl.dot(p, tl.load(V + i)))
+
+
+def test_bytes_that_decide_an_operand_change_its_layout(compiled):
+    """The trap: with another layout of its operands mma.sync adds in another order."""
+    mask, v = torch.zeros(256, dtype=torch.uint8), torch.zeros(256, dtype=torch.bfloat16)
+    _weights_from_bytes[(1,)](mask, v, torch.zeros(256))
+    assert _operand_layouts(compiled["_weights_from_bytes"]) == {4}
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16])
+def test_masks_do_not_change_the_layout_of_operands(compiled, rows, dtype):
+    from bicompile.kernels.attention import gpu, schedules
+
+    use = next(s for s in schedules.table((2, 64), "9.0") if s.rows == rows)
+    q, k = (torch.zeros(1, h, 64, 64, dtype=torch.bfloat16) for h in (4, 2))
+    gpu.sdpa(q, k, k, torch.ones(64, 64, dtype=dtype), False, 0.125, chosen=use)
+    assert _operand_layouts(compiled["attention_kernel"]) == {2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 64])
+def test_attention_compiles(compiled, rows, dtype):
+    from bicompile.kernels.attention import gpu
+
+    q, k = (torch.zeros(1, h, n, 80, dtype=dtype) for h, n in ((4, rows), (2, 64)))
+    gpu.sdpa(q, k, k[..., :48], None, rows > 1, -0.125, split=rows == 1)
+    assert {"attention_kernel"} <= set(compiled) <= {"attention_kernel", "merge_kernel"}
