@@ -57,13 +57,17 @@ class Case:
         signature: ``"x: M K, w?: K -> M K, M 1"``; ``?`` marks a tensor that may be None, ``1`` an
             axis of size one.
         params: the other arguments, by name, as they are passed to the op; a `dtype` of None stands
-            for the dtype of the inputs.
+            for the dtype of the inputs, a function is called with the sizes of the axes.
         masks: names of the tensors that say which elements are visible (boolean or additive).
+        indices: tensors of integers -> the axis on which each element names a position.
+        ends: tensors of integers -> the axis along which they say where each run of elements ends.
     """
 
     signature: str
     params: Mapping[str, object] = field(default_factory=dict)
     masks: tuple[str, ...] = ()
+    indices: Mapping[str, str] = field(default_factory=dict)
+    ends: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def inputs(self) -> tuple[TensorArg, ...]:

@@ -81,19 +81,22 @@ class Sample:
         values: dict[str, Any] = {**self.case.params, **(tensors or self.tensors)}
         if "dtype" in values and values["dtype"] is None:
             values["dtype"] = self.dtype
-        return [values[a.name] for a in self.kernel.op._schema.arguments]
+        found = (values[a.name] for a in self.kernel.op._schema.arguments)
+        return [v(self.sizes) if callable(v) else v for v in found]
 
     def run(self, op: Op, tensors: Mapping[str, torch.Tensor | None] | None = None) -> Any:
         """Call `op` on the sample, or on other tensors in its place."""
         return op(*self.arguments(tensors))
 
     def select(self, axis: str, index: torch.Tensor) -> dict[str, torch.Tensor | None]:
-        """The tensors with only the elements `index` along `axis`."""
+        """The tensors with only the elements `index` along `axis`; runs along it become shorter."""
         return {
             arg.name: None
             if (t := self.tensors[arg.name]) is None
             else t.index_select(arg.axes.index(axis), index)
             if axis in arg.axes
+            else (index < t[:, None]).sum(1).to(t.dtype)
+            if self.case.ends.get(arg.name) == axis
             else t
             for arg in self.case.inputs
         }
@@ -127,6 +130,13 @@ def make_sample(
         shape = [1 if a == "1" else sizes[a] for a in arg.axes]
         if arg.optional and arg.name in absent:
             tensors[arg.name] = None
+        elif arg.name in case.indices:
+            count = max(sizes[case.indices[arg.name]], 1)
+            tensors[arg.name] = torch.randint(count, shape, generator=generator).to(device)
+        elif arg.name in case.ends:
+            count = sizes[case.ends[arg.name]] + 1
+            ends = torch.randint(count, shape, generator=generator).sort().values
+            tensors[arg.name] = ends.to(device, torch.int32)
         elif arg.name in case.masks:
             visible = torch.rand(shape, generator=generator) < 0.7
             additive = torch.where(visible, torch.randn(shape, generator=generator), -torch.inf)
@@ -150,6 +160,8 @@ def rows_do_not_depend_on_the_batch(op: Op, sample: Sample, *, seed: int = 0) ->
         size = sample.sizes[axis]
         for count in sorted({1, 2, 3, size // 2, size - 1, size} & set(range(1, size + 1))):
             index = torch.randperm(size, generator=generator)[:count]
+            if axis in sample.case.ends.values():
+                index = index.sort().values  # a row stays in its run
             index = index.to(_device(sample))
             alone = sample.run(op, sample.select(axis, index))
             expected = sample.select_outputs(full, axis, index)
