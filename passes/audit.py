@@ -83,6 +83,10 @@ ALLOWED: dict[str, tuple[str, frozenset[str]]] = {
         "maximum, minimum and logical reductions are exact in every order",
         frozenset("all amax amin any aminmax argmax argmin max min".split()),
     ),
+    "count": (
+        "whole numbers, exact in every order",
+        frozenset("count_nonzero histc".split()),
+    ),
     "size": (
         "a number computed from sizes",
         frozenset(
@@ -95,8 +99,8 @@ ALLOWED: dict[str, tuple[str, frozenset[str]]] = {
 
 EXACT_FOR_INTEGERS = frozenset(
     """
-    sum cumsum cumprod prod unique histc bincount searchsorted bucketize mm
-    index_add scatter_add index_put _unsafe_index_put scatter_reduce cummax cummin count_nonzero
+    sum cumsum cumprod prod unique bincount searchsorted bucketize mm
+    index_add scatter_add index_put _unsafe_index_put scatter_reduce cummax cummin
     """.split()
 )
 """Ops whose result is exact in any order when it holds integers or booleans."""
@@ -164,8 +168,8 @@ def reason_to_stay(node: Node) -> str | None:
             return f"{kind}: {reason}"
     if name in EXACT_FOR_INTEGERS and not _floats(node):
         return "integers: exact in every order"
-    if name == "sort" and node.kwargs.get("stable") and not _floats(node):
-        return "stable sort of integers: equal ones keep their order"
+    if name == "sort" and node.kwargs.get("stable"):
+        return "stable sort: equal elements keep their order"
     if name in ("index_put", "_unsafe_index_put") and not _accumulates(node):
         reason, _ = ALLOWED["write"]
         return f"write: {reason}"
@@ -186,6 +190,8 @@ def _accumulates(node: Node) -> bool:
 
 
 def _floats(node: Node) -> bool:
+    if isinstance(dtype := node.kwargs.get("dtype"), torch.dtype):
+        return dtype.is_floating_point or dtype.is_complex  # converted before anything is added
     values = [value(n) for n in node.all_input_nodes]
     return any(
         isinstance(v, torch.Tensor) and (v.dtype.is_floating_point or v.dtype.is_complex)

@@ -26,6 +26,14 @@ becomes::
     %b = bicompile.sdpa_visible.default(%q2, %k2, %v2, %mask, %r, 0.125)
 
 because the layers of a model share their mask, and so a step of decoding reads it once.
+
+`sort_stably`: where elements are equal, an unstable sort may return any order of them. ::
+
+    %s = aten.sort.default(%x, -1, True)
+
+becomes::
+
+    %s = aten.sort.stable(%x, stable=True, dim=-1, descending=True)
 """
 
 from __future__ import annotations
@@ -48,6 +56,20 @@ def canonicalize(gm: GraphModule, *, run) -> None:
     """All sub-passes in order."""
     undo_repeat_kv(gm, run=run)
     share_visible_ranges(gm, run=run)
+    sort_stably(gm, run=run)
+
+
+def sort_stably(gm: GraphModule, *, run) -> None:
+    """Equal elements keep their order."""
+    for target in (aten.sort.default, aten.sort.stable):
+        for node in gm.graph.find_nodes(op="call_function", target=target):
+            if node.kwargs.get("stable") is not True and run.fuel():
+                names = ("self", "dim", "descending")
+                given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+                node.args = (given.pop("self"),)
+                node.kwargs = {**given, "stable": True}
+                node.target = aten.sort.stable
+                run.decide(node, "equal elements keep their order", became=str(aten.sort.stable))
 
 
 def undo_repeat_kv(gm: GraphModule, *, run) -> None:

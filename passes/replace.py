@@ -11,7 +11,8 @@ becomes::
     %s = bicompile.sum.default(%y, [1], False, torch.float32)
 
 because the kernels behind the aten ops change their order of summation with the number of rows.
-Only nodes with floating-point results are touched: integer sums are exact in any order.
+Integer sums are exact in any order: but for the order of elements, only nodes with floating-point
+results are touched.
 This is the only pass that inserts our ops; attention arrives as ours already (`bicompile.capture`).
 """
 
@@ -22,7 +23,7 @@ from torch.fx import GraphModule, Node
 
 from bicompile.errors import BicompileError, UnsupportedDtype
 from bicompile.graph import Emit, describe_call, user_line, value
-from bicompile.passes.rules import RULES, Rule
+from bicompile.passes.rules import Rule, rule_of
 
 
 def replace(gm: GraphModule, *, run) -> None:
@@ -33,7 +34,7 @@ def replace(gm: GraphModule, *, run) -> None:
         if getattr(node.target, "namespace", "") == "bicompile":
             _check_dtype(node, node.target, run)
             run.decide(node, "captured whole", became=str(node.target))
-        elif (rule := RULES.get(node.target)) is not None and _is_float(node):
+        elif (rule := rule_of(node.target)) is not None and (rule.integers or _is_float(node)):
             _apply(rule, node, run)
 
 

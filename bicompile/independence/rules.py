@@ -101,6 +101,7 @@ _OURS: tuple[tuple[Callable[..., Any], str], ...] = (
     (combining.visible_range, "visible_range"),
     (combining.reduced, "sum mean prod var std var_mean logsumexp norm"),
     (combining.along, "softmax log_softmax"),
+    (combining.chosen_along, "topk"),
     (combining.normalised, "layer_norm rms_norm"),
     (combining.group_norm, "group_norm"),
 )

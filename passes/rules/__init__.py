@@ -1,10 +1,10 @@
 """RULES: aten overload -> our op, one entry per overload, in one table.
 
-An entry is `(overload, name of our op, bind)` in the file of its family.  `bind` has the aten op's
-own signature behind `emit` (see `bicompile.graph.Emit`); it emits the calls that take the node's
-place and returns the last one, or a tuple for several outputs (None for an output that may not be
-used).  It returns `NotImplemented` where the rule does not apply; the audit then says what becomes
-of the node.
+An entry is `(overload, name of our op, bind)` in the file of its family, and True behind them if
+the rule is for integers, too.  `bind` has the aten op's own signature behind `emit` (see
+`bicompile.graph.Emit`); it emits the calls that take the node's place and returns the last one, or
+a tuple for several outputs (None for an output that may not be used).  It returns `NotImplemented`
+where the rule does not apply; the audit then says what becomes of the node.
 """
 
 from __future__ import annotations
@@ -13,16 +13,21 @@ from collections.abc import Mapping
 
 import torch
 
-from bicompile.passes.rules import matmul, norm, reduce
+from bicompile.passes.rules import matmul, norm, reduce, sort
 from bicompile.passes.rules.common import KERNELS, Rule
 from bicompile.passes.rules.norm import OVER_THE_BATCH
 
-__all__ = ["OVER_THE_BATCH", "RULES", "Rule"]
+__all__ = ["OVER_THE_BATCH", "RULES", "Rule", "rule_of"]
 
-_FAMILIES = (matmul, reduce, norm)
+_FAMILIES = (matmul, reduce, norm, sort)
 
-RULES: Mapping[torch._ops.OpOverload, Rule] = {
-    overload: Rule(overload, KERNELS[name], bind)
+RULES: Mapping[torch._ops.OpOverload | str, Rule] = {
+    overload: Rule(overload, KERNELS[name], bind, *integers)
     for family in _FAMILIES
-    for overload, name, bind in family.RULES
+    for overload, name, bind, *integers in family.RULES
 }
+
+
+def rule_of(target: object) -> Rule | None:
+    """The rule for what a node calls."""
+    return RULES.get(target) or RULES.get(str(target))

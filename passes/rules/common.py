@@ -20,11 +20,16 @@ prims = torch.ops.prims
 
 @dataclass(frozen=True)
 class Rule:
-    """`target` becomes `kernel`, with arguments arranged by `bind`."""
+    """`target` becomes `kernel`, with arguments arranged by `bind`.
 
-    target: torch._ops.OpOverload
+    A target of another package is given by its name.  `integers`: also where the result holds no
+    floating-point numbers.
+    """
+
+    target: torch._ops.OpOverload | str
     kernel: Kernel
     bind: Callable[..., Any]
+    integers: bool = False
 
 
 def size(emit, x, dim, known):
