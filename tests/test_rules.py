@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import torch.nn as nn
@@ -19,6 +21,7 @@ from bicompile.pipeline import OPTIONAL, Run
 from bicompile.report import Report
 
 registry.load_all()
+importlib.import_module("transformers.integrations.moe")  # defines an op that has a rule
 aten = torch.ops.aten
 ours = torch.ops.bicompile
 
@@ -59,6 +62,18 @@ RULE_CASES = {
     aten._fused_rms_norm.default: (
         lambda t: torch.ops.aten._fused_rms_norm(t, [8], torch.ones(8), 1e-5)[0],
         B,
+    ),
+    aten._grouped_mm.default: (
+        lambda a, w, o: aten._grouped_mm(a, w, o),
+        x(5, 8, dtype=torch.bfloat16),
+        x(3, 8, 16, dtype=torch.bfloat16),
+        torch.tensor([1, 1, 5], dtype=torch.int32),
+    ),
+    "transformers.grouped_mm_fallback.default": (
+        lambda a, w, o: torch.ops.transformers.grouped_mm_fallback(a, w, o),
+        M,
+        x(3, 8, 6),
+        torch.tensor([1, 1, 5], dtype=torch.int32),
     ),
     aten.topk.default: (lambda t: tuple(torch.topk(t, 3)), M),
     aten._native_batch_norm_legit.no_stats: (nn.InstanceNorm1d(8, affine=True), x(3, 8, 5)),

@@ -17,7 +17,9 @@ HERE = Path(__file__).parent
     Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"),
     reason="the interpreter of this Triton needs NumPy below 2.4",
 )
-@pytest.mark.parametrize("family", ["rows", "matmul", "attention", "schedules", "verify"])
+@pytest.mark.parametrize(
+    "family", ["attention", "matmul", "mixtures", "rows", "schedules", "verify"]
+)
 def test_in_the_interpreter(family):
     environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]

@@ -116,6 +116,7 @@ TABLE: Mapping[str, Entry] = {
         for name in names.split()
     },
     **{f"bicompile::{name}": Entry(rule) for rule, names in _OURS for name in names.split()},
+    "bicompile::grouped_mm": Entry(routing.grouped_product, keeps=True),
     "transformers::grouped_mm_fallback": Entry(routing.grouped_product, keeps=True),
 }
 """Qualified name of an op -> its rule, for all its overloads."""

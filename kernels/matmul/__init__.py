@@ -1,4 +1,4 @@
-"""Matrix products: mm, addmm, bmm, baddbmm.
+"""Matrix products: mm, addmm, bmm, baddbmm, grouped_mm.
 
 `c[m, n] = sum over k of a[m, k] * b[k, n]`, then `alpha * c + beta * self`, rounded once.
 
@@ -14,6 +14,10 @@ Bits: on the CPU, float32 and float16 (read as float32; fma and + round to neare
 bfloat16 walks blocks of 32 and gives lane l element 2l + 1, then 2l; these fma (not the tree) flush
 subnormal operands and results to zero, as `vdpbf16ps` does.  On a GPU: one chain of `tl.dot` over
 rising k, no split of K.
+
+`grouped_mm` gives runs of rows a matrix each (the experts of a mixture): a row has the bits of
+`mm` with the matrix of its run, whoever else is in the run. Where the runs end is data, which the
+host of a GPU never reads.
 
 Row law: the loop reads row m and column n alone, whatever M, N, strides, threads and tiles are. The
 CPU has three schedules of it: ``rows.h`` for few rows where b is walked along K as it lies in

@@ -175,6 +175,24 @@ Tensor product(const Tensor& left_, const Tensor& right_, const Bias& bias) {
   return c;
 }
 
+// Rows [ends[g - 1], ends[g]) of a times b[g]; rows behind the last end are 0.
+template <class P, class I>
+void run_groups(const Operand& a, const Operand& b, const I* ends, int64_t groups,
+                const Tensor& c) {
+  using T = typename P::Element;
+  const int64_t M = c.size(0), N = c.size(1), K = a.t.size(1);
+  int64_t begin = 0;
+  for (int64_t g = 0; g < groups; g++) {
+    const int64_t end = std::clamp((int64_t)ends[g], begin, M);
+    Product<P> one{data<T>(a.t) + begin * a.ld, data<T>(b.t) + g * b.batch_stride, end - begin,
+                   N, K, a.ld, b.ld, b.along_k, {}};
+    one.out = {mutable_data<T>(c) + begin * N, N};
+    if (begin < end) one.run();
+    begin = end;
+  }
+  std::memset(mutable_data<T>(c) + begin * N, 0, (M - begin) * N * sizeof(T));
+}
+
 // ---- the ops; tf32 concerns GPUs only
 
 Tensor mm(const Tensor& self, const Tensor& mat2, bool) { return product(self, mat2, {}); }
@@ -186,6 +204,25 @@ Tensor addmm(const Tensor& self, const Tensor& mat1, const Tensor& mat2, double 
 Tensor baddbmm(const Tensor& self, const Tensor& batch1, const Tensor& batch2, double beta,
                double alpha, bool) {
   return product(batch1, batch2, {&self, (float)beta, (float)alpha});
+}
+
+Tensor grouped_mm(const Tensor& self, const Tensor& mat2, const Tensor& offs, bool) {
+  STD_TORCH_CHECK(self.dim() == 2 && mat2.dim() == 3 && self.size(1) == mat2.size(1),
+                  "grouped_mm: sizes do not fit");
+  STD_TORCH_CHECK(self.scalar_type() == mat2.scalar_type(), "grouped_mm: dtypes differ");
+  const Tensor c = empty(self, {self.size(0), mat2.size(2)});
+  if (c.numel() == 0) return c;
+  const Operand a = left(self), b = right(mat2);
+  const Tensor ends = torch::stable::contiguous(offs);
+  dispatch(self.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    using P = std::conditional_t<std::is_same_v<T, bf16>, Pair, Single<T>>;
+    if (ends.scalar_type() == ScalarType::Long)
+      run_groups<P>(a, b, data<int64_t>(ends), mat2.size(0), c);
+    else
+      run_groups<P>(a, b, data<int32_t>(ends), mat2.size(0), c);
+  });
+  return c;
 }
 
 Tensor mm_add(const Tensor& self, const Tensor& mat2, const Tensor& other, bool) {
@@ -234,6 +271,7 @@ STABLE_TORCH_LIBRARY_IMPL(bicompile, CPU, m) {
   m.impl("addmm", TORCH_BOX(&addmm));
   m.impl("bmm", TORCH_BOX(&bmm));
   m.impl("baddbmm", TORCH_BOX(&baddbmm));
+  m.impl("grouped_mm", TORCH_BOX(&grouped_mm));
   m.impl("mm_add", TORCH_BOX(&mm_add));
   m.impl("swiglu", TORCH_BOX(&swiglu));
   m.impl("qkv_proj", TORCH_BOX(&qkv_proj));

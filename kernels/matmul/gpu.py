@@ -63,6 +63,37 @@ def block_kernel(
 
 
 @triton.jit(do_not_specialize=["M"])
+def grouped_kernel(
+    A, B, ENDS, Y, M, N, K, GROUPS, sam, sak, sbg, sbk, sbn, se,
+    KIND: tl.constexpr, TYPE: tl.constexpr, EVEN_K: tl.constexpr, G: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Runs of rows of A times a matrix each; program (tile of rows of a run, tile of columns).
+
+    The rows behind the last run are one more run, whose chain has no terms.
+    """
+    after_others(PDL)
+    num_n = tl.cdiv(N, BN)
+    tile = tl.program_id(0) // num_n
+    g = tl.arange(0, G)
+    end = tl.load(ENDS + g * se, mask=g < GROUPS, other=M).to(tl.int32)
+    begin = tl.load(ENDS + (g - 1) * se, mask=(g > 0) & (g <= GROUPS), other=0).to(tl.int32)
+    tiles = tl.where(g <= GROUPS, tl.cdiv(end - begin, BM), 0)
+    before = tl.cumsum(tiles, 0) - tiles
+    mine = (before <= tile) & (tile < before + tiles)
+    group = tl.sum(tl.where(mine, g, 0), 0)
+    m0 = tl.sum(tl.where(mine, begin + (tile - before) * BM, 0), 0)
+    m1 = tl.sum(tl.where(mine, end, 0), 0)
+    k = tl.where((group < GROUPS) & (m0 < m1), K, 0)
+    n0 = tl.program_id(0) % num_n * BN
+    matrix = B + tl.minimum(group, GROUPS - 1).to(tl.int64) * sbg
+    y, y2 = chain(
+        A, matrix, matrix, m0, n0, m1, N, k, sam, sak, sbk, sbn, BM, BN, BK, EVEN_K, KIND, False
+    )
+    put(y, y2, Y, Y, m0, n0, m1, N, 0, 0, 0.0, 1.0, "", TYPE, False, 1, BM, BN)
+
+
+@triton.jit(do_not_specialize=["M"])
 def qkv_kernel(
     A, Q, K, V, CQ, CK, CV, YQ, YK, YV, M, NQ, NK, NV, D, sam, sak, sbd, sbn,
     END: tl.constexpr, KIND: tl.constexpr, TYPE: tl.constexpr, EVEN_K: tl.constexpr,
@@ -174,6 +205,26 @@ def baddbmm(self, batch1, batch2, beta, alpha, tf32, chosen=None):
     c = self.expand(batch1.shape[0], batch1.shape[1], batch2.shape[2]) if beta else None
     end = "addmm" if beta else "scale"
     return _launch(batch1, batch2, c, tf32=tf32, end=end, beta=beta, alpha=alpha, chosen=chosen)
+
+
+def grouped_mm(self, mat2, offs, tf32, chosen=None):
+    """Each run of rows of self [M, K], which end at offs [G], @ its matrix of mat2 [G, K, N]."""
+    (m, k), (groups, _, n) = self.shape, mat2.shape
+    out = torch.empty((m, n), dtype=self.dtype, device=self.device)
+    if out.numel() == 0 or groups == 0:
+        return out.zero_()
+    kind = _kind(self.dtype, tf32)
+    of_a_run = self[None, : triton.cdiv(m, groups)]
+    s = _choose(kind, of_a_run, (), n, chosen)
+    # The last tile of each run, and of the rows behind them, may be a part of one.
+    tiles = triton.cdiv(m, s.bm) + min(m, groups + 1)
+    launch(
+        grouped_kernel, tiles * triton.cdiv(n, s.bn), self, mat2, offs, out, m, n, k, groups,
+        *strides(self), *strides(mat2), offs.stride(0), KIND=kind, TYPE=TYPES[self.dtype],
+        EVEN_K=k % s.bk == 0, G=triton.next_power_of_2(groups + 1), BM=s.bm, BN=s.bn, BK=s.bk,
+        num_warps=s.warps, num_stages=s.stages,
+    )  # fmt: skip
+    return out
 
 
 def mm_add(self, mat2, other, tf32, chosen=None):

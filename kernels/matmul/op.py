@@ -96,6 +96,35 @@ baddbmm = register(
 )
 
 
+def grouped_mm_reference(self, mat2, offs, tf32=False):
+    """Rows from offs[g - 1] to offs[g] `@ mat2[g]`; rows behind the last offset are 0."""
+    out = self.new_zeros((self.shape[0], mat2.shape[2]))
+    begin = 0
+    for matrix, end in zip(mat2, offs.tolist(), strict=True):
+        out[begin:end] = self[begin:end] @ matrix
+        begin = end
+    return out
+
+
+def _grouped_fake(self, mat2, offs, tf32):
+    return self.new_empty((self.shape[0], mat2.shape[2]))
+
+
+grouped_mm = register(
+    Kernel(
+        name="grouped_mm",
+        schema="(Tensor self, Tensor mat2, Tensor offs, bool tf32) -> Tensor",
+        contract=Contract(
+            (Case("self: M K, mat2: G K N, offs: G -> M N", {"tf32": False}, ends={"offs": "M"}),)
+        ),
+        reference=grouped_mm_reference,
+        eager=lambda self, mat2, offs, tf32: grouped_mm_reference(self, mat2, offs),
+        order=ORDER + "; a row meets the matrix of its run",
+        fake=_grouped_fake,
+    )
+)
+
+
 def mm_add_reference(self, mat2, other, tf32=False):
     """`self @ mat2 + other`, the product rounded before."""
     return self @ mat2 + other

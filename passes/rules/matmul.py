@@ -59,6 +59,21 @@ def _addbmm(emit, self, batch1, batch2, *, beta=1, alpha=1):
     return _addmm(emit, self, rows, columns, beta=beta, alpha=alpha)
 
 
+def _grouped_mm(emit, self, mat2, offs=None, bias=None, out_dtype=None):
+    """Runs of rows, or of columns, times a matrix each; runs along K are of gradients only."""
+    rank = value(self).dim(), value(mat2).dim()
+    op, dtype = KERNELS["grouped_mm"].op, value(self).dtype
+    if bias is not None or out_dtype not in (None, dtype) or rank == (2, 2):
+        return NotImplemented
+    if rank == (3, 3):
+        return _bmm(emit, self, mat2)
+    if rank == (2, 3):
+        return emit(op, self, mat2, offs, tf32(self))
+    rows = emit(aten.permute.default, mat2, [1, 0])
+    matrices = emit(aten.permute.default, self, [0, 2, 1])
+    return emit(aten.permute.default, emit(op, rows, matrices, offs, tf32(self)), [1, 0])
+
+
 RULES = (
     (aten.mm.default, "mm", _mm),
     (aten.bmm.default, "bmm", _bmm),
@@ -69,4 +84,7 @@ RULES = (
     (aten.vdot.default, "mm", _dot),
     (aten.addmv.default, "addmm", _addmv),
     (aten.addbmm.default, "addmm", _addbmm),
+    (aten._grouped_mm.default, "grouped_mm", _grouped_mm),
+    # What transformers calls where PyTorch's op cannot be compiled.
+    ("transformers.grouped_mm_fallback.default", "grouped_mm", _grouped_mm),
 )
