@@ -21,10 +21,16 @@ from subject import (
 )
 from test_models import DEVICES, can_grow
 
-from bicompile import registry, testing
+from bicompile import native, registry, testing
 
 KERNELS = registry.load_all()
 ours = torch.ops.bicompile
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _native():
+    native.load()
+
 
 LENGTH = 45
 SIZES = {

@@ -75,6 +75,9 @@ RULE_CASES = {
         x(3, 8, 6),
         torch.tensor([1, 1, 5], dtype=torch.int32),
     ),
+    aten.kthvalue.default: (lambda t: torch.kthvalue(t, 2, 0, True), M),
+    aten.median.dim: (lambda t: tuple(torch.median(t, 1)), M),
+    aten.median.default: (torch.median, M),
     aten.topk.default: (lambda t: tuple(torch.topk(t, 3)), M),
     aten._native_batch_norm_legit.no_stats: (nn.InstanceNorm1d(8, affine=True), x(3, 8, 5)),
 }

@@ -6,10 +6,17 @@ import pytest
 import torch
 from rewriting import rewrite, x
 
-from bicompile import registry, testing
+from bicompile import native, registry, testing
 
 KERNELS = registry.load_all()
 ours = torch.ops.bicompile
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _native():
+    native.load()
+
+
 TYPES = (
     *(torch.float32, torch.bfloat16, torch.float16, torch.float64),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
@@ -68,3 +75,19 @@ def test_sorts_become_stable(dtype):
     wanted = (*rising, *falling, down.indices, down.values[:, :2], down.indices[:, :2])
     for got, expected in zip(result, wanted, strict=True):
         testing.assert_same_bits(got, expected, "sort")
+
+
+def test_the_middle_and_its_position():
+    t = tied(6, 9)
+    t[1] = t[1].nan_to_num(0.0)
+    for dim in (0, 1):
+        rising = torch.sort(t, dim=dim, stable=True)
+        _, _, (low, low_at), _ = rewrite(lambda t, d=dim: torch.kthvalue(t, 3, d), t)
+        testing.assert_same_bits(low, rising.values.select(dim, 2), "third value")
+        assert torch.equal(low_at, rising.indices.select(dim, 2))
+        torch._dynamo.reset()
+        _, _, (middle, at), eager = rewrite(lambda t, d=dim: torch.median(t, d), t)
+        testing.assert_same_bits(middle, eager.values, "median")
+        has_nan = t.isnan().any(dim)
+        lowest = rising.indices.select(dim, (t.shape[dim] - 1) // 2)
+        assert torch.equal(at, torch.where(has_nan, t.isnan().int().argmax(dim), lowest))
