@@ -28,6 +28,7 @@ ours = torch.ops.bicompile
 
 V, M, N, B = x(8), x(5, 8), x(8, 6), x(3, 5, 8)
 C1, C2, C3, C4 = x(6), x(3, 5, 5), x(5), x(5, 5)
+PLACES = torch.tensor([3, 1, 3])
 RULE_CASES = {
     aten.mm.default: (torch.mm, M, N),
     aten.bmm.default: (torch.bmm, B, B.mT),
@@ -74,6 +75,22 @@ RULE_CASES = {
         M,
         x(3, 8, 6),
         torch.tensor([1, 1, 5], dtype=torch.int32),
+    ),
+    aten.index_add.default: (lambda t, i: t.index_add(1, i, t[:, [0, 1, 2]], alpha=2), M, PLACES),
+    aten.scatter_add.default: (
+        lambda t, i: t.scatter_add(1, i.expand(5, 3), t[:, :3].contiguous()),
+        M,
+        PLACES,
+    ),
+    aten.index_put.default: (
+        lambda t, i: t.index_put((i - 5,), t[0], accumulate=True),
+        M,
+        PLACES,
+    ),
+    aten._unsafe_index_put.default: (
+        lambda t, i: aten._unsafe_index_put(t, [i], t[:3], True),
+        M,
+        PLACES,
     ),
     aten.kthvalue.default: (lambda t: torch.kthvalue(t, 2, 0, True), M),
     aten.median.dim: (lambda t: tuple(torch.median(t, 1)), M),

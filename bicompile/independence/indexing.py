@@ -157,6 +157,12 @@ def copied_in(call: Call) -> Value:
     return Value(tuple(_met_beside(call, d, source, *slices)))
 
 
+def added_by_row(call: Call) -> Value:
+    """Rows added to the rows that an index names."""
+    call.no_rows(*call["index"].axes, reason=_ANYWHERE)
+    return Value(tuple(_met_beside(call, 0, call["self"], call["source"])))
+
+
 def part_written(call: Call) -> Value:
     """A part of one axis written."""
     source, part = call["self"], call["src"]

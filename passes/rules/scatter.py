@@ -1,0 +1,82 @@
+"""Sums by index: one op on rows, whichever way they are spelled."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from bicompile.graph import value
+from bicompile.passes.rules.common import KERNELS, aten, size
+
+
+def _index_add(emit, self, dim, index, source, *, alpha=1):
+    rank = value(self).dim()
+    if rank == 0 or value(source).dim() != rank:
+        return NotImplemented
+    order = [dim % rank, *(d for d in range(rank) if d != dim % rank)]
+    rows, added = (emit(aten.permute.default, t, order) for t in (self, source))
+    index = emit(aten.reshape.default, index, [-1])
+    out = _on_rows(emit, rows, index, added, alpha)
+    back = [order.index(d) for d in range(rank)]
+    return emit(aten.permute.default, out, back)
+
+
+def _on_rows(emit, self, index, source, alpha=1):
+    """index_add along the first axis."""
+    shape = [size(emit, self, d, n) for d, n in enumerate(value(self).shape)]
+    first = value(source).shape[0]
+    rows = emit(aten.reshape.default, self, [shape[0], -1])
+    added = emit(aten.reshape.default, source, [size(emit, source, 0, first), -1])
+    out = emit(KERNELS["index_add"].op, rows, index, added, float(alpha))
+    return emit(aten.reshape.default, out, shape)
+
+
+def _scatter_add(emit, self, dim, index, src):
+    """Every element is a row of one: element (r, s) of [R, S] is row r * S + s."""
+    rank = value(self).dim()
+    if rank == 0:
+        return NotImplemented
+    dim %= rank
+    shapes = (value(t).shape for t in (self, index, src))
+    for d, (ours, places, theirs) in enumerate(zip(*shapes, strict=True)):
+        if not statically_known_true(places == theirs) or (
+            d != dim and not statically_known_true(ours == places)
+        ):
+            return NotImplemented
+    order = [*(d for d in range(rank) if d != dim), dim]
+    whole, index, src = (emit(aten.permute.default, t, order) for t in (self, index, src))
+    kept = [size(emit, whole, d, n) for d, n in enumerate(value(whole).shape)]
+    length = size(emit, index, rank - 1, value(index).shape[-1])
+    index = emit(aten.reshape.default, index, [-1, length])
+    count = size(emit, index, 0, value(index).shape[0])
+    device = value(self).device
+    row = emit(aten.arange.default, count, dtype=torch.int64, device=device, pin_memory=False)
+    start = emit(aten.mul.Tensor, emit(aten.unsqueeze.default, row, 1), kept[-1])
+    index = emit(aten.reshape.default, emit(aten.add.Tensor, index, start), [-1])
+    ones = [emit(aten.reshape.default, t, [-1, 1]) for t in (whole, src)]
+    out = emit(KERNELS["index_add"].op, ones[0], index, ones[1], 1.0)
+    back = [order.index(d) for d in range(rank)]
+    return emit(aten.permute.default, emit(aten.reshape.default, out, kept), back)
+
+
+def _index_put(emit, self, indices, values, accumulate=False, unsafe=False):
+    """With one index, of the first axis."""
+    index = indices[0] if len(indices) == 1 else None
+    if not accumulate or index is None or value(index).dtype is torch.bool:
+        return NotImplemented
+    places = [size(emit, index, d, n) for d, n in enumerate(value(index).shape)]
+    rest = [size(emit, self, d, n) for d, n in enumerate(value(self).shape) if d]
+    length = size(emit, self, 0, value(self).shape[0])
+    values = emit(aten.expand.default, values, [*places, *rest])
+    values = emit(aten.reshape.default, values, [-1, *rest])
+    wrapped = emit(aten.add.Tensor, index, length)
+    index = emit(aten.where.self, emit(aten.lt.Scalar, index, 0), wrapped, index)
+    return _on_rows(emit, self, emit(aten.reshape.default, index, [-1]), values)
+
+
+RULES = (
+    (aten.index_add.default, "index_add", _index_add),
+    (aten.scatter_add.default, "index_add", _scatter_add),
+    (aten.index_put.default, "index_add", _index_put),
+    (aten._unsafe_index_put.default, "index_add", _index_put),
+)

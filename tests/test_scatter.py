@@ -1,0 +1,74 @@
+"""Sums by index: the list of an element's sources, in order, is all that its bits depend on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rewriting import count, rewrite, x
+
+from bicompile import native, testing
+
+ours = torch.ops.bicompile
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _native():
+    native.load()
+
+
+def elsewhere_changes_nothing(op, dtype):
+    """Row 2 alone, and among sources of other rows before, between and behind its own."""
+    start, sources = x(5, 33, dtype=dtype), x(40, 33, dtype=dtype) * 100
+    index = torch.tensor([2, 0, 2, 4, 2, 2, 1, 2] * 5)
+    own = index == 2
+    among = op(start, index, sources, 1.0)[2]
+    alone = op(start[2:3], torch.zeros(int(own.sum()), dtype=torch.long), sources[own], 1.0)[0]
+    testing.assert_same_bits(among, alone, "a row among others")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_other_rows_change_nothing(dtype):
+    elsewhere_changes_nothing(ours.index_add, dtype)
+
+
+def pairs_of_positions(self, index, source, alpha):
+    """A tree over neighbouring positions, whichever rows they go to."""
+    half = len(index) // 2
+    first = torch.index_add(torch.zeros_like(self), 0, index[:half], source[:half])
+    second = torch.index_add(torch.zeros_like(self), 0, index[half:], source[half:])
+    return self + (first + second)
+
+
+def test_a_planted_variant_is_caught():
+    start, sources = x(2, 33), x(40, 33) * 100
+    index = torch.cat([torch.zeros(7, dtype=torch.long), torch.ones(20), torch.zeros(13)]).long()
+    own = index == 0
+    for op, holds in ((ours.index_add, True), (pairs_of_positions, False)):
+        among = op(start, index, sources, 1.0)[0]
+        alone = op(start[:1], index[own], sources[own], 1.0)[0]
+        assert torch.equal(among, alone) == holds
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_every_spelling_has_the_same_bits(dim):
+    t, places = x(6, 5, 4), torch.tensor([3, 1, 3, 0, 3])
+    shape = list(t.shape)
+    shape[dim] = 5
+    source = x(*shape) * 10
+    spread = places.view([5 if d == dim % 3 else 1 for d in range(3)]).expand(shape)
+    gm, _, added, expected = rewrite(lambda t, i, s: t.index_add(dim, i, s), t, places, source)
+    assert count(gm, ours.index_add.default) == 1
+    torch.testing.assert_close(added, expected)
+    torch._dynamo.reset()
+    _, _, scattered, _ = rewrite(lambda t, i, s: t.scatter_add(dim, i, s), t, spread, source)
+    testing.assert_same_bits(scattered, added, "scatter_add")
+    if dim == 0:
+        put = lambda t, i, s: t.index_put((i,), s, accumulate=True)  # noqa: E731
+        _, _, result, _ = rewrite(put, t, places, source)
+        testing.assert_same_bits(result, added, "index_put")
+
+
+def test_an_index_out_of_range_is_an_error():
+    with pytest.raises(RuntimeError, match="out of range"):
+        ours.index_add(x(2, 3), torch.tensor([2]), x(1, 3), 1.0)
