@@ -87,6 +87,10 @@ ALLOWED: dict[str, tuple[str, frozenset[str]]] = {
         "whole numbers, exact in every order",
         frozenset("count_nonzero histc".split()),
     ),
+    "search": (
+        "a position found by comparing",
+        frozenset("bucketize searchsorted".split()),
+    ),
     "size": (
         "a number computed from sizes",
         frozenset(
@@ -99,7 +103,7 @@ ALLOWED: dict[str, tuple[str, frozenset[str]]] = {
 
 EXACT_FOR_INTEGERS = frozenset(
     """
-    sum cumsum cumprod prod unique bincount searchsorted bucketize mm
+    sum cumsum cumprod prod unique bincount mm
     index_add scatter_add index_put _unsafe_index_put scatter_reduce cummax cummin
     """.split()
 )
@@ -170,6 +174,9 @@ def reason_to_stay(node: Node) -> str | None:
         return "integers: exact in every order"
     if name == "sort" and node.kwargs.get("stable"):
         return "stable sort: equal elements keep their order"
+    if name == "scatter_reduce" and {"amax", "amin"} & set(node.args):
+        reason, _ = ALLOWED["order-free reduction"]
+        return f"order-free reduction: {reason}"
     if name in ("index_put", "_unsafe_index_put") and not _accumulates(node):
         reason, _ = ALLOWED["write"]
         return f"write: {reason}"

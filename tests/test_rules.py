@@ -82,6 +82,11 @@ RULE_CASES = {
         M,
         PLACES,
     ),
+    aten.scatter_reduce.two: (
+        lambda t, i: t.scatter_reduce(1, i.expand(5, 3), t[:, :3], "sum", include_self=False),
+        M,
+        PLACES,
+    ),
     aten.index_put.default: (
         lambda t, i: t.index_put((i - 5,), t[0], accumulate=True),
         M,

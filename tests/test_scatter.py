@@ -7,6 +7,7 @@ import torch
 from rewriting import count, rewrite, x
 
 from bicompile import native, testing
+from bicompile.errors import UnsupportedOp
 
 ours = torch.ops.bicompile
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -67,6 +68,23 @@ def test_every_spelling_has_the_same_bits(dim):
         put = lambda t, i, s: t.index_put((i,), s, accumulate=True)  # noqa: E731
         _, _, result, _ = rewrite(put, t, places, source)
         testing.assert_same_bits(result, added, "index_put")
+
+
+def test_reductions_by_index():
+    """The largest is exact in any order; products and means are refused."""
+
+    def reduce(how):
+        return lambda t, i: t.scatter_reduce(0, i, t * 2, how)
+
+    t, index = x(6, 4), torch.arange(24).view(6, 4) % 3
+    for how in ("amax", "amin", "sum"):
+        torch._dynamo.reset()
+        _, _, result, expected = rewrite(reduce(how), t, index)
+        torch.testing.assert_close(result, expected)
+    for how in ("prod", "mean"):
+        torch._dynamo.reset()
+        with pytest.raises(UnsupportedOp):
+            rewrite(reduce(how), t, index)
 
 
 def test_an_index_out_of_range_is_an_error():

@@ -59,6 +59,15 @@ def _scatter_add(emit, self, dim, index, src):
     return emit(aten.permute.default, emit(aten.reshape.default, out, kept), back)
 
 
+def _scatter_reduce(emit, self, dim, index, src, reduce, include_self=True):
+    """Sums; a target that does not count itself starts from 0."""
+    if reduce != "sum":
+        return NotImplemented
+    if not include_self:
+        self = emit(aten.scatter.value, self, dim, index, 0)
+    return _scatter_add(emit, self, dim, index, src)
+
+
 def _index_put(emit, self, indices, values, accumulate=False, unsafe=False):
     """With one index, of the first axis."""
     index = indices[0] if len(indices) == 1 else None
@@ -77,6 +86,7 @@ def _index_put(emit, self, indices, values, accumulate=False, unsafe=False):
 RULES = (
     (aten.index_add.default, "index_add", _index_add),
     (aten.scatter_add.default, "index_add", _scatter_add),
+    (aten.scatter_reduce.two, "index_add", _scatter_reduce),
     (aten.index_put.default, "index_add", _index_put),
     (aten._unsafe_index_put.default, "index_add", _index_put),
 )
