@@ -1,5 +1,6 @@
 // Sums by index, in the order of kernels/scatter.
 #include "../common/tensor.h"
+#include "../common/wide.h"
 
 namespace bic::simd {
 namespace {
@@ -21,6 +22,34 @@ struct Lists {
   }
 };
 
+// Up to 16 columns of one output row: `row` of self, and the sources at `positions`.
+template <class T>
+void sum_columns(const T* row, const T* added, int64_t stride, const int64_t* positions,
+                 const int64_t* end, double factor, int64_t n, T* out) {
+  if (n < W / 4) {
+    for (int64_t m = 0; m < n; m++) {
+      double acc = to_float(row[m]);
+      for (const int64_t* p = positions; p < end; p++)
+        acc += factor * to_float(added[*p * stride + m]);
+      out[m] = from_float<T>((float)acc);
+    }
+  } else if (n < W) {
+    f64x16 acc = wide(load(row, n));
+    for (const int64_t* p = positions; p < end; p++)
+      acc = acc + wide(factor) * wide(load(added + *p * stride, n));
+    store(out, narrow(acc), n);
+  } else {
+    f64x16 acc = wide(load(row));
+    for (const int64_t* p = positions; p < end; p++)
+      acc = acc + wide(factor) * wide(load(added + *p * stride));
+    store(out, narrow(acc));
+  }
+}
+
+Tensor with_dense_rows(const Tensor& t) {
+  return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+}
+
 Tensor index_add(const Tensor& self, const Tensor& index, const Tensor& source, double alpha) {
   const int64_t S = self.size(0), M = self.size(1), K = index.size(0);
   STD_TORCH_CHECK(source.size(0) == K && source.size(1) == M, "index_add: sizes do not fit");
@@ -30,22 +59,19 @@ Tensor index_add(const Tensor& self, const Tensor& index, const Tensor& source, 
   const Lists lists = index.scalar_type() == ScalarType::Long
                           ? Lists(data<int64_t>(index), index.stride(0), K, S)
                           : Lists(data<int32_t>(index), index.stride(0), K, S);
+  const Tensor rows = with_dense_rows(self), sources = with_dense_rows(source);
   const double factor = (float)alpha;
   dispatch(self.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    const T *const start = data<T>(self), *const added = data<T>(source);
+    const int64_t row_stride = rows.stride(0), stride = sources.stride(0);
+    const T *const start = data<T>(rows), *const added = data<T>(sources);
     T* const to = mutable_data<T>(out);
+    const int64_t* const positions = lists.positions.data();
     parallel(S, M * (K / S + 2), [&](int64_t begin, int64_t end) {
-      const Scratch<double> acc(M);
-      for (int64_t s = begin; s < end; s++) {
-        const T* row = start + s * self.stride(0);
-        for (int64_t m = 0; m < M; m++) acc[m] = to_float(row[m * self.stride(1)]);
-        for (int64_t i = lists.starts[s]; i < lists.starts[s + 1]; i++) {
-          row = added + lists.positions[i] * source.stride(0);
-          for (int64_t m = 0; m < M; m++) acc[m] += factor * to_float(row[m * source.stride(1)]);
-        }
-        for (int64_t m = 0; m < M; m++) to[s * M + m] = from_float<T>((float)acc[m]);
-      }
+      for (int64_t s = begin; s < end; s++)
+        for (int64_t m = 0; m < M; m += W)
+          sum_columns(start + s * row_stride + m, added + m, stride, positions + lists.starts[s],
+                      positions + lists.starts[s + 1], factor, std::min(W, M - m), to + s * M + m);
     });
   });
   return out;
