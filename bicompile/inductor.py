@@ -232,6 +232,7 @@ def _with_header(codegen_group: Callable[..., str]) -> Callable[..., str]:
 @functools.cache
 def _replacements() -> tuple[tuple[Any, str, Any], ...]:
     """What `overrides()` installs, as (owner, attribute, value)."""
+    from torch._inductor import exc
     from torch._inductor.codegen import cpp
 
     scalar, vector = cpp.CppOverrides, cpp.CppVecOverrides
@@ -246,6 +247,9 @@ def _replacements() -> tuple[tuple[Any, str, Any], ...]:
     table += [(owner, "to_dtype", _to_dtype(owner)) for owner in (scalar, vector)]
     # Before 2.13 a value rounded to bfloat16 was read back unrounded in the same kernel.
     table.append((cpp.CppKernel, "cache_dtype_convert", lambda *_: None))
+    # The first node of an op without a lowering is logged with all that it was computed from: a
+    # text that doubles with every layer, and that PyTorch before 2.13 makes though nobody reads it.
+    table.append((exc.OperatorIssue, "operator_str", staticmethod(lambda target, *_: str(target))))
     group = cpp.KernelGroup
     table.append((group, "codegen_group", _with_header(group.codegen_group)))
     return tuple(table)
@@ -253,7 +257,7 @@ def _replacements() -> tuple[tuple[Any, str, Any], ...]:
 
 @contextlib.contextmanager
 def overrides() -> Iterator[None]:
-    """Install the C++ overrides; on leaving, Inductor's classes are exactly as before.
+    """Install what replaces parts of Inductor; on leaving, its classes are exactly as before.
 
     May be nested and entered from several threads, one at a time.
     """

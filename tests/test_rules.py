@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bicompile import registry, testing
-from bicompile.errors import UnsupportedOp
 from bicompile.options import Options
 from bicompile.passes.canonicalize import canonicalize
 from bicompile.passes.rules import OVER_THE_BATCH, RULES
