@@ -67,7 +67,7 @@ SINGLE = {
     (4, 256): Schedule(16, 8, 1),
 }
 
-PROGRAMS = 264  # fewer programs than this leave the device idle: split the keys
+PROGRAMS = 132  # fewer programs than this leave the device idle: split the keys
 SCRATCH = 64 << 20  # bytes that a split may take
 
 
