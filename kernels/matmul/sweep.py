@@ -95,6 +95,10 @@ def _problems(kind: str, depth: Depth) -> Iterator[Problem]:
                     ((min(m, 100), k), (n, k), (n // 2 + 1, k), (n, k)), _qkv_proj(tf32),
                     rows[:2], values=("random", "ties"),
                 )  # fmt: skip
+                yield Problem(
+                    f"grouped_mm {_name(dtype)} {m}x{k}x{n}", dtype, ((m, k), (4, n, k)),
+                    _grouped_mm(tf32), values=("random", "ties"),
+                )  # fmt: skip
         if full:
             b, m, k, n = 3, 40, 200, 72
             shapes = (b, m, k), (b, n, k), (b, m, n)
@@ -112,6 +116,16 @@ def _values(depth: Depth) -> tuple[str, ...]:
 
 def _mm_add(tf32: bool):
     return lambda x, s: gpu.mm_add(x[0], x[1].mT, x[2], tf32, chosen=s)
+
+
+def _grouped_mm(tf32: bool):
+    def run(x, s):
+        a, w = x
+        ends = [len(a) // 3, len(a) // 3, len(a) // 2 + 1, max(len(a) - 5, len(a) // 2 + 1)]
+        offs = torch.tensor(ends, dtype=torch.int32, device=a.device)
+        return gpu.grouped_mm(a, w.mT, offs, tf32, chosen=s)
+
+    return run
 
 
 def _qkv_proj(tf32: bool):
