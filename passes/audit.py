@@ -29,7 +29,7 @@ ALLOWED: dict[str, tuple[str, frozenset[str]]] = {
             bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil clamp
             clamp_max clamp_min complex copysign cos cosh deg2rad digamma div elu eq erf erfc
             erfinv exp exp2 expm1 fill floor floor_divide fma fmax fmin fmod frac frexp gcd ge gelu
-            glu gt hardsigmoid hardswish hardtanh heaviside hypot i0 i0e i1 i1e igamma igammac
+            gt hardsigmoid hardswish hardtanh heaviside hypot i0 i0e i1 i1e igamma igammac
             imag isinf isnan isneginf isposinf ldexp le leaky_relu lerp lgamma log log10 log1p
             log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit lt
             masked_fill maximum minimum mish mul nan_to_num ne neg nextafter polar polygamma pow
@@ -39,6 +39,10 @@ ALLOWED: dict[str, tuple[str, frozenset[str]]] = {
             tanh threshold trunc where xlogy conj_physical div_rn inductor_force_stride_order
             """.split()
         ),
+    ),
+    "halves": (
+        "an output element reads one element of each half of an axis",
+        frozenset(["glu"]),
     ),
     "conversion": (
         "an output element is one input element in another dtype, rounded to nearest",

@@ -27,7 +27,7 @@ class Entry:
 
 
 # Not pointwise, or with sizes among the arguments.
-_NOT_POINTWISE = frozenset("glu bitcast view_of_dtype inductor_force_stride_order".split())
+_NOT_POINTWISE = frozenset("bitcast view_of_dtype inductor_force_stride_order".split())
 _POINTWISE = " ".join(sorted((ALLOWED["pointwise"][1] | ALLOWED["conversion"][1]) - _NOT_POINTWISE))
 
 KEEPS, SIZED, PLAIN = "keeps", "sized", ""
