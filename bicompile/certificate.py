@@ -183,18 +183,27 @@ def certificates(machine: Machine) -> tuple[Certificate, ...]:
 # ------------------------------------------------------------------------------------- sources
 
 
+def chooses(family: str) -> bool:
+    """Whether launches of a family choose among schedules: if not, there is nothing to certify."""
+    return any(name.endswith("schedules.py") for name in _files(family))
+
+
 @functools.cache
 def sources(family: str) -> str:
     """Digest of all that decides the bits of a family: its `gpu.py` and what that imports of ours.
 
     A certificate of other sources says nothing about these.
     """
-    found: dict[str, bytes] = {}
-    _collect(KERNELS / family / "gpu.py", found)
     hashed = hashlib.sha256()
-    for name, source in sorted(found.items()):
+    for name, source in sorted(_files(family).items()):
         hashed.update(name.encode() + b"\0" + source + b"\0")
     return hashed.hexdigest()
+
+
+def _files(family: str) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    _collect(KERNELS / family / "gpu.py", found)
+    return found
 
 
 def _collect(path: Path, found: dict[str, bytes]) -> None:

@@ -241,10 +241,8 @@ def test_every_kernel_is_swept():
         for p in c.problems
     }
     kernels = {(k.family, k.name) for k in registry.load_all().values()}
-    left_out = {family for family, _ in kernels} - set(verify.modules())
-    for family in left_out:  # one schedule, so nothing to choose
-        assert "schedule" not in (certificate.KERNELS / family / "gpu.py").read_text()
-    assert {(family, name) for family, name in kernels if family not in left_out} <= swept
+    assert {(family, name) for family, name in kernels if certificate.chooses(family)} <= swept
+    assert not certificate.chooses("sort") and certificate.chooses("softmax")
 
 
 @pytest.mark.parametrize("family", verify.modules())
