@@ -249,7 +249,8 @@ def _replacements() -> tuple[tuple[Any, str, Any], ...]:
     table.append((cpp.CppKernel, "cache_dtype_convert", lambda *_: None))
     # The first node of an op without a lowering is logged with all that it was computed from: a
     # text that doubles with every layer, and that PyTorch before 2.13 makes though nobody reads it.
-    table.append((exc.OperatorIssue, "operator_str", staticmethod(lambda target, *_: str(target))))
+    text = "operator_str"
+    table.append((exc.OperatorIssue, text, _named(text, lambda target, *_: str(target))))
     group = cpp.KernelGroup
     table.append((group, "codegen_group", _with_header(group.codegen_group)))
     return tuple(table)
