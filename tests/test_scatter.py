@@ -90,3 +90,11 @@ def test_reductions_by_index():
 def test_an_index_out_of_range_is_an_error():
     with pytest.raises(RuntimeError, match="out of range"):
         ours.index_add(x(2, 3), torch.tensor([2]), x(1, 3), 1.0)
+
+
+def test_a_place_behind_a_row_is_none_of_the_next_row():
+    f = torch.compile(lambda t, i: t.scatter_add(1, i, t), backend="batch_invariant")
+    assert f(torch.ones(2, 3), torch.tensor([[0, 1, 2], [2, 1, 0]])).eq(2).all()
+    for outside in (3, -1):
+        with pytest.raises(RuntimeError, match="out of range"):
+            f(torch.ones(2, 3), torch.tensor([[0, 1, outside], [2, 1, 0]]))

@@ -52,7 +52,12 @@ def _scatter_add(emit, self, dim, index, src):
     device = value(self).device
     row = emit(aten.arange.default, count, dtype=torch.int64, device=device, pin_memory=False)
     start = emit(aten.mul.Tensor, emit(aten.unsqueeze.default, row, 1), kept[-1])
-    index = emit(aten.reshape.default, emit(aten.add.Tensor, index, start), [-1])
+    below, above = emit(aten.lt.Scalar, index, 0), emit(aten.ge.Scalar, index, kept[-1])
+    outside = emit(aten.logical_or.default, below, above)
+    index = emit(aten.add.Tensor, index, start)
+    # A place outside its row must not become one of the next row: it is an error.
+    index = emit(aten.masked_fill.Scalar, index, outside, -1)
+    index = emit(aten.reshape.default, index, [-1])
     ones = [emit(aten.reshape.default, t, [-1, 1]) for t in (whole, src)]
     out = emit(KERNELS["index_add"].op, ones[0], index, ones[1], 1.0)
     back = [order.index(d) for d in range(rank)]
