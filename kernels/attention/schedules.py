@@ -39,23 +39,6 @@ HOPPER = {
     (2, 256): (Schedule(16, 4, 2, tma=True), Schedule(64, 8, 2, tma=True)),
 }
 
-#: More for compute capability 9.0 that a race may pick: they are certified with the tables.
-CANDIDATES = {
-    (2, 128): (
-        Schedule(16, 2, 3, tma=True),
-        Schedule(16, 4, 2, tma=True),
-        Schedule(16, 4, 4, tma=True),
-        Schedule(16, 8, 3, tma=True),
-        Schedule(64, 4, 2, tma=True),
-        Schedule(64, 4, 4, tma=True),
-        Schedule(64, 8, 3, tma=True),
-        Schedule(128, 8, 2, tma=True),
-        Schedule(128, 8, 3, tma=True),
-        Schedule(16, 2, 3),
-        Schedule(16, 8, 3),
-    ),
-}
-
 #: The same keys as `TABLE` -> the schedule that serves any number of rows on any device: used where
 #: the others are not certified.
 SINGLE = {
@@ -83,8 +66,7 @@ def table(at: tuple[int, int], capability: str) -> tuple[Schedule, ...]:
 
 def schedules(at: tuple[int, int], capability: str) -> tuple[Schedule, ...]:
     """Every schedule of a key that runs on a device (one bit class), the single one first."""
-    more = CANDIDATES.get(at, ()) if capability == "9.0" else ()
-    return tuple(dict.fromkeys((SINGLE[at], *table(at, capability), *TABLE[at], *more)))
+    return tuple(dict.fromkeys((SINGLE[at], *table(at, capability), *TABLE[at])))
 
 
 def schedule(size: int, head: int, rows: int, capability: str) -> Schedule:
