@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from perturbed import ROWS, Model, confirm, numbers
 from rewriting import rewrite
@@ -16,8 +17,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from bicompile.independence import MIXES, PROVEN, UNDECIDED, prove, prove_model
-
-F = nn.functional
 
 SIZES = {
     "vocab_size": 97,
