@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from rewriting import count, rewrite, x
+from torch._inductor import lowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -111,6 +112,9 @@ def test_rule(target):
     became = [d for d in report.decisions if d.became == str(RULES[target].kernel.op)]
     assert len(became) == 1, report.decisions
     assert count(gm, RULES[target].kernel.op) == 1
+    for node in gm.graph.nodes:  # what a rule emits comes behind all decompositions
+        if getattr(node.target, "namespace", "") in ("aten", "prims"):
+            assert node.target in lowering.lowerings, node.target
     flat, flat_expected = (r if isinstance(r, tuple) else (r,) for r in (result, expected))
     for a, e in zip(flat, flat_expected, strict=True):
         torch.testing.assert_close(a, e)

@@ -37,6 +37,13 @@ def size(emit, x, dim, known):
     return known if isinstance(known, int) else emit(aten.sym_size.int, x, dim)
 
 
+def fill(emit, x, mask, number):
+    """x with a number where the mask is True."""
+    like = value(x)
+    number = emit(aten.scalar_tensor.default, number, dtype=like.dtype, device=like.device)
+    return emit(aten.where.self, mask, number, x)
+
+
 def dims(x: Node, dim: Any) -> list[int]:
     """The reduced axes, counted from the front and in order; None and () mean all."""
     rank = value(x).dim()

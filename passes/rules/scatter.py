@@ -6,7 +6,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bicompile.graph import value
-from bicompile.passes.rules.common import KERNELS, aten, size
+from bicompile.passes.rules.common import KERNELS, aten, fill, prims, size
 
 
 def _index_add(emit, self, dim, index, source, *, alpha=1):
@@ -49,14 +49,14 @@ def _scatter_add(emit, self, dim, index, src):
     length = size(emit, index, rank - 1, value(index).shape[-1])
     index = emit(aten.reshape.default, index, [-1, length])
     count = size(emit, index, 0, value(index).shape[0])
-    device = value(self).device
-    row = emit(aten.arange.default, count, dtype=torch.int64, device=device, pin_memory=False)
+    like = {"dtype": torch.int64, "device": value(self).device, "requires_grad": False}
+    row = emit(prims.iota.default, count, start=0, step=1, **like)
     start = emit(aten.mul.Tensor, emit(aten.unsqueeze.default, row, 1), kept[-1])
     below, above = emit(aten.lt.Scalar, index, 0), emit(aten.ge.Scalar, index, kept[-1])
     outside = emit(aten.logical_or.default, below, above)
     index = emit(aten.add.Tensor, index, start)
     # A place outside its row must not become one of the next row: it is an error.
-    index = emit(aten.masked_fill.Scalar, index, outside, -1)
+    index = fill(emit, index, outside, -1)
     index = emit(aten.reshape.default, index, [-1])
     ones = [emit(aten.reshape.default, t, [-1, 1]) for t in (whole, src)]
     out = emit(KERNELS["index_add"].op, ones[0], index, ones[1], 1.0)

@@ -7,7 +7,7 @@ import math
 import torch
 
 from bicompile.graph import value
-from bicompile.passes.rules.common import KERNELS, aten, outputs, prims
+from bicompile.passes.rules.common import KERNELS, aten, fill, outputs, prims
 
 
 def _topk(emit, self, k, dim=-1, largest=True, sorted=True):
@@ -41,8 +41,7 @@ def _median(emit, self, dim, keepdim=False):
     found = emit(aten.any.dim, nan, dim, keepdim)
     number = emit(prims.convert_element_type.default, nan, torch.int32)
     where = emit(aten.argmax.default, number, dim, keepdim)
-    values = emit(aten.masked_fill.Scalar, values, found, math.nan)
-    return values, emit(aten.where.self, found, where, indices)
+    return fill(emit, values, found, math.nan), emit(aten.where.self, found, where, indices)
 
 
 def _median_of_all(emit, self):
