@@ -23,8 +23,8 @@ SIZES = {
     Depth.SMALL: ((20, 72, 40), (20, 70, 33)),
     Depth.QUICK: ((130, 576, 136), (70, 777, 33)),
     Depth.FULL: (
-        (300, 576, 257), (129, 777, 48), (300, 2048, 320), (2500, 1000, 64), (130, 8200, 130),
-        (17, 64, 16), (5, 3, 7),
+        (300, 576, 264), (129, 777, 48), (300, 2048, 320), (300, 576, 257), (2500, 1000, 64),
+        (130, 8200, 130), (17, 64, 16), (5, 3, 7),
     ),
 }  # fmt: skip
 
@@ -73,7 +73,7 @@ def _problems(kind: str, depth: Depth) -> Iterator[Problem]:
             rows = tuple(r for r in ROWS if r[1] <= m)
             yield Problem(
                 f"mm {_name(dtype)} {m}x{k}x{n}", dtype, ((m, k), (n, k)), _run("mm", tf32),
-                rows[1:3] if small else rows, layouts=LAYOUTS[: depth.pick(1, 2, None)],
+                rows[1:3] if small else rows, layouts=LAYOUTS[: depth.pick(1, 1, None)],
                 values=_values(depth),
             )  # fmt: skip
             if number < depth.pick(1, 1, 2):
@@ -81,7 +81,7 @@ def _problems(kind: str, depth: Depth) -> Iterator[Problem]:
                     f"linear {_name(dtype)} {m}x{k}x{n}", dtype, ((m, k), (n, k), (n,)),
                     _run("linear", tf32), rows[:2], values=("random", "ties"),
                 )  # fmt: skip
-            if number < depth.pick(0, 1, 2):
+            if number < depth.pick(0, 0, 2):
                 yield Problem(
                     f"addmm {_name(dtype)} {m}x{k}x{n}", dtype, ((m, k), (n, k), (m, n)),
                     _run("addmm", tf32), rows[:2], (0, 2), values=("random", "ties"),
