@@ -7,8 +7,7 @@ import pytest
 import torch
 from triton_set_up import DEVICE, INTERPRET, law, on_device, same
 
-import bicompile
-from bicompile import certificate, cli, registry, sweep, verify
+from bicompile import backend, certificate, cli, registry, sweep, verify
 from bicompile.certificate import Certificate, Machine
 from bicompile.kernels.attention import gpu as attention
 from bicompile.kernels.common.launch import capability
@@ -103,7 +102,7 @@ def test_models_with_different_options_in_one_process(monkeypatch, mode):
         return torch.compile(
             lambda x: layer(x),
             fullgraph=True,
-            backend=lambda gm, x: bicompile.backend.batch_invariant(
+            backend=lambda gm, x: backend.batch_invariant(
                 gm, x, mode=mode, options={"schedules": schedules}
             ),
         )
