@@ -12,7 +12,7 @@ import enum
 import hashlib
 import importlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -226,11 +226,10 @@ def check(bit_class: BitClass, problem: Problem, device: str, part: int = 0) -> 
         digest.update("".join(map(name_of_bits, whole)).encode())
         chosen = itertools.islice(calls(problem, tensors, whole), part, None, problem.parts)
         for call, given, expected in chosen:
-            for schedule in list(alive):
-                actual = _run(problem, given, schedule)
-                text = actual if isinstance(actual, str) else _difference(actual, expected)
-                if text:
-                    drop(schedule, f"{values} values, {call}", text, runs=actual is not text)
+            results = {schedule: _run(problem, given, schedule) for schedule in alive}
+            for schedule, text in _differences(results, expected).items():
+                runs = text is not results[schedule]
+                drop(schedule, f"{values} values, {call}", text, runs)
             outcome.cases += 1
     outcome.digest = digest.hexdigest()
     return outcome
@@ -288,13 +287,39 @@ def _poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
+def _differences(results: Mapping[Any, Outputs | str], expected: Outputs) -> dict[Any, str]:
+    """Of each schedule that did not run, or has other bits, why, or the first that differ.
+
+    The device is waited for once, not once per schedule: other processes use it, too.
+    """
+    found = {schedule: r for schedule, r in results.items() if isinstance(r, str)}
+    ran = {schedule: r for schedule, r in results.items() if not isinstance(r, str)}
+    if ran:
+        differ = torch.stack([_differ(outputs, expected) for outputs in ran.values()]).tolist()
+        for (schedule, outputs), one_differs in zip(ran.items(), differ, strict=True):
+            if one_differs:
+                found[schedule] = _difference(outputs, expected)
+    return found
+
+
+def _differ(actual: Outputs, expected: Outputs) -> torch.Tensor:
+    """Whether any bits differ, as a tensor on the device [], which is not waited for."""
+    alike = len(actual) == len(expected) and all(
+        a.shape == e.shape and a.dtype is e.dtype for a, e in zip(actual, expected, strict=True)
+    )
+    if not alike:
+        return torch.ones((), dtype=torch.bool, device=expected[0].device)
+    pairs = zip(actual, expected, strict=True)
+    return torch.stack([(testing.bits(a) != testing.bits(e)).any() for a, e in pairs]).any()
+
+
 def _difference(actual: Outputs, expected: Outputs) -> str:
-    """The first element that differs, or nothing."""
+    """The first element that differs."""
     try:
         testing.assert_same_bits(actual, expected, "bits")
     except testing.InvarianceViolation as error:
         return str(error)
-    return ""
+    raise AssertionError("the bits were seen to differ")
 
 
 def name_of_bits(x: torch.Tensor) -> str:

@@ -21,7 +21,7 @@ MOST_USED = (2, 128)  # the class that a quick sweep tries most on: attention co
 LENGTHS = {
     Depth.SMALL: ((18, 40),),
     Depth.QUICK: ((70, 600), (1, 1100)),
-    Depth.FULL: ((70, 1100), (1, 1300), (600, 600), (5, 2100)),
+    Depth.FULL: ((70, 1100), (1, 1300), (600, 600), (6, 2100)),
 }
 #: Queries alone, as in decoding, and chunks of them.
 ROWS = {
@@ -68,8 +68,7 @@ def _problems(size: int, head: int, depth: Depth, fixed=None) -> Iterator[Proble
 
 def _shapes(queries: int, keys: int, d: int, dv: int):
     """Query, key, value, and the numbers that a mask is made of; two query heads share a key."""
-    h = 2 if queries < 600 else 1
-    return (2, 2 * h, queries, d), (2, h, keys, d), (2, h, keys, dv), (2, 1, queries, keys)
+    return (2, 4, queries, d), (2, 2, keys, d), (2, 2, keys, dv), (2, 1, queries, keys)
 
 
 def _kinds(queries: int, depth: Depth) -> tuple[str, ...]:

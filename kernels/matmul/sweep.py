@@ -73,8 +73,8 @@ def _problems(kind: str, depth: Depth) -> Iterator[Problem]:
             rows = tuple(r for r in ROWS if r[1] <= m)
             yield Problem(
                 f"mm {_name(dtype)} {m}x{k}x{n}", dtype, ((m, k), (n, k)), _run("mm", tf32),
-                rows[1:3] if small else rows, layouts=LAYOUTS[: depth.pick(1, 1, None)],
-                values=_values(depth),
+                rows[1:3] if small else rows, values=_values(depth),
+                layouts=LAYOUTS[: depth.pick(1, 1, None if number < 2 else 1)],
             )  # fmt: skip
             if number < depth.pick(1, 1, 2):
                 yield Problem(

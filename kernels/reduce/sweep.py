@@ -15,7 +15,7 @@ from bicompile.sweep import VALUES, BitClass, Depth, Problem
 
 #: Terms of a row by bit class: with the quick ones first.
 TERMS = {
-    "block 16": (3, 16, 1, 2, 5),
+    "block 16": (3, 16, 1),
     "block 64": (64, 33),
     "block 256": (200, 256),
     "block 1024": (576, 1000),
@@ -71,14 +71,14 @@ def row_classes(family: str, ops: Mapping[str, Op], depth: Depth) -> Iterator[Bi
 
 
 def _problems(ops: Mapping[str, Op], entry: Entry, depth: Depth) -> Iterator[Problem]:
-    """Full: all sizes; the ops that stand for the others in every dtype and layout."""
+    """Full: all sizes and layouts for the ops that stand for the others; two sizes for the rest."""
     rows = depth.pick(5, 300, 300)
-    for k in TERMS[entry.name][: depth.pick(1, 1, None)]:
+    for number, k in enumerate(TERMS[entry.name][: depth.pick(1, 1, None)]):
         for name, op in ops.items():
-            if not op.quick and depth is not Depth.FULL:
+            if not op.quick and (depth is not Depth.FULL or number > 1):
                 continue
-            halves = (torch.bfloat16, torch.float16) if depth is Depth.FULL else ()
-            for dtype in (FULL, *(halves if op.quick else ())):
+            halves = (torch.bfloat16, torch.float16)[: 2 if number < 2 else 1]
+            for dtype in (FULL, *(halves if op.quick and depth is Depth.FULL else ())):
                 yield Problem(
                     f"{name} {str(dtype).removeprefix('torch.')} {rows}x{k}",
                     dtype,
