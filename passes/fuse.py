@@ -1,6 +1,7 @@
 """Fusions into wider ops of ours that change no bit.
 
-Those of products are in `fuse_matmul`, those of rotary embeddings in `fuse_rope`.
+Those of products are in `fuse_matmul`, those of rotary embeddings in `fuse_rope`, that of
+log-probabilities in `fuse_log_softmax`.
 
 `fuse_rms_norm`: transformers write RMSNorm by hand. ::
 
@@ -31,6 +32,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bicompile.graph import Emit, value
+from bicompile.passes.fuse_log_softmax import fuse_log_softmax
 from bicompile.passes.fuse_matmul import fuse_matmul
 from bicompile.passes.fuse_rope import fuse_rope
 from bicompile.registry import KERNELS
@@ -46,6 +48,7 @@ def fuse(gm: GraphModule, *, run) -> None:
     fuse_rms_norm(gm, run=run)
     fuse_matmul(gm, run=run)
     fuse_rope(gm, run=run)
+    fuse_log_softmax(gm, run=run)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,14 @@ def _weights(x):
     return randn(k, dtype=x.dtype, seed=1), randn(k, dtype=x.dtype, seed=2)
 
 
+def _chosen(x, **s):
+    """Elements of log_softmax, which are those that log_softmax itself gives."""
+    places = torch.tensor([0, x.shape[1] // 2], device=x.device).expand(len(x), -1)
+    chosen = softmax.log_softmax_gather(x, 1, places, FULL, **s)
+    same(chosen, softmax.log_softmax(x, 1, FULL).gather(1, places))
+    return chosen
+
+
 ROW_OPS = {
     "sum": lambda x, **s: reduce.sum(x, [1], False, x.dtype, **s),
     "sum_fp32": lambda x, **s: reduce.sum(x, [1], True, FULL, **s),
@@ -47,6 +55,7 @@ ROW_OPS = {
     },
     "softmax": lambda x, **s: softmax.softmax(x, 1, x.dtype, **s),
     "log_softmax": lambda x, **s: softmax.log_softmax(x, 1, FULL, **s),
+    "log_softmax_gather": lambda x, **s: _chosen(x, **s),
     "layer_norm": lambda x, **s: norm.layer_norm(x, 1, *_weights(x), 1e-5, **s),
     "rms_norm": lambda x, **s: norm.rms_norm(x, 1, _weights(x)[0], 1e-6, 0.0, True, **s),
     "rms_norm_offset": lambda x, **s: norm.rms_norm(x, 1, _weights(x)[0], 1e-6, 1.0, False, **s),

@@ -102,6 +102,7 @@ _OURS: tuple[tuple[Callable[..., Any], str], ...] = (
     (combining.reduced, "sum mean prod var std var_mean logsumexp norm"),
     (combining.along, "softmax log_softmax"),
     (combining.chosen_along, "topk"),
+    (indexing.gathered, "log_softmax_gather"),
     (indexing.added_by_row, "index_add"),
     (combining.normalised, "layer_norm rms_norm"),
     (combining.group_norm, "group_norm"),

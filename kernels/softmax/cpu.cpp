@@ -96,11 +96,68 @@ Tensor log_softmax(const Tensor& self, int64_t dim, ScalarType type) {
   return over_axis(self, dim, type, log_softmax_row);
 }
 
+float log_of(float x) {
+  float lanes[W];
+  store_raw(lanes, log(splat(x)));
+  return lanes[0];
+}
+
+void check_index(const Tensor& self, int64_t dim, const Tensor& index, const Axes& all) {
+  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && index.dim() == self.dim(),
+                  "log_softmax_gather: index is not int64, or of another rank");
+  for (int64_t d = 0; d < self.dim(); d++)
+    STD_TORCH_CHECK(d == dim || index.size(d) == self.size(d),
+                    "log_softmax_gather: sizes do not fit");
+  const int64_t* const at = data<int64_t>(index);
+  all.each(0, all.numel(), [&](int64_t, int64_t i) {
+    STD_TORCH_CHECK(0 <= at[i] && at[i] < self.size(dim),
+                    "log_softmax_gather: index is out of range");
+  });
+}
+
+// The elements of log_softmax that `index` names; nothing else of it is written anywhere.
+Tensor log_softmax_gather(const Tensor& self, int64_t dim, const Tensor& index, ScalarType type) {
+  const Tensor out = empty(self, sizes(index), type);
+  if (out.numel() == 0) return out;
+  if (dim < 0) dim += self.dim();
+  Axes kept, row, index_kept, out_kept, all;
+  int64_t stride = out.numel(), step = 1;
+  for (int64_t d = 0; d < self.dim(); d++) {
+    stride /= index.size(d);
+    all.add(index.size(d), index.stride(d));
+    (d == dim ? row : kept).add(self.size(d), self.stride(d));
+    if (d == dim) step = stride;
+    if (d == dim) continue;
+    index_kept.add(index.size(d), index.stride(d));
+    out_kept.add(index.size(d), stride);
+  }
+  check_index(self, dim, index, all);
+  const int64_t K = row.numel(), N = index.size(dim), index_step = index.stride(dim);
+  const int64_t* const chosen = data<int64_t>(index);
+  dispatch(type, [&](auto t) {
+    using T = decltype(t);
+    T* const to = mutable_data<T>(out);
+    parallel(kept.numel(), 8 * K, [&](int64_t begin, int64_t end) {
+      const Rows<float> rows(self, kept, row);
+      for (int64_t i = begin; i < end; i++) {
+        const float* const x = rows[i];
+        const float max = row_max(x, K), shift = log_of(exp_sum(x, K, max, nullptr));
+        const int64_t* const k = chosen + index_kept.offset(i);
+        T* const y = to + out_kept.offset(i);
+        for (int64_t n = 0; n < N; n++)
+          y[n * step] = from_float<T>((x[k[n * index_step]] - max) - shift);
+      }
+    });
+  });
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bicompile, CPU, m) {
   m.impl("softmax", TORCH_BOX(&softmax));
   m.impl("log_softmax", TORCH_BOX(&log_softmax));
+  m.impl("log_softmax_gather", TORCH_BOX(&log_softmax_gather));
 }
 
 }  // namespace bic::simd

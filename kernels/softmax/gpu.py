@@ -1,4 +1,4 @@
-"""Triton kernels of softmax and log_softmax: exact maximum, the sum in the order of `trees`."""
+"""Triton kernels of the softmax family: exact maximum, the sum in the order of `trees`."""
 
 import torch
 import triton
@@ -58,6 +58,24 @@ def softmax_kernel(
             tl.store(out + k, y.to(Y.dtype.element_ty), mask=there & (k < K))
 
 
+@triton.jit(do_not_specialize=["M", "N"])
+def log_softmax_gather_kernel(
+    X, INDEX, Y, M, K, sm, sk, N, im, ik,
+    R: tl.constexpr, J: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Of R rows the N elements that INDEX [M, N] names; NaN where it names none."""
+    after_others(PDL)
+    r, here, row, there = rows_of(M, sm, R)
+    top = row_extreme(X, row, there, K, sk, "max", R, J, L)
+    total = row_sum(X, row, there, K, sk, top[:, None, None], 0.0, "exp", R, J, L).to(tl.float32)
+    shift = log(total)
+    for n in range(N):
+        k = tl.load(INDEX + r * im + n * ik, mask=here, other=0)
+        inside = here & (k >= 0) & (k < K)
+        x = tl.load(X + r * sm + k * sk, mask=inside, other=float("nan")).to(tl.float32)
+        tl.store(Y + r * N + n, ((x - top) - shift).to(Y.dtype.element_ty), mask=here)
+
+
 def _softmax(self, dim, dtype, is_log, chosen=None):
     if self.ndim == 0:
         return _softmax(self.reshape(1), 0, dtype, is_log, chosen).reshape(())
@@ -82,3 +100,18 @@ def softmax(self, dim, dtype, chosen=None):
 def log_softmax(self, dim, dtype, chosen=None):
     """(x - max) - log(sum(exp(x - max))) along dim; contiguous."""
     return _softmax(self, dim, dtype, True, chosen)
+
+
+def log_softmax_gather(self, dim, index, dtype, chosen=None):
+    """The elements of log_softmax along dim that index names; contiguous."""
+    x, at = self.movedim(dim, -1), index.movedim(dim, -1)
+    if x.shape[:-1] != at.shape[:-1]:
+        raise ValueError(f"sizes do not fit: {[*self.shape]} and {[*index.shape]}, along {dim}")
+    out = torch.empty(at.shape, dtype=dtype, device=x.device)
+    if out.numel():
+        rows, at = x.reshape(-1, x.shape[-1]), at.reshape(-1, at.shape[-1])
+        launch_rows(
+            log_softmax_gather_kernel, rows, at, out, *rows.shape, *strides(rows), at.shape[1],
+            *strides(at), family="softmax", chosen=chosen,
+        )  # fmt: skip
+    return out.movedim(-1, dim).contiguous()

@@ -20,6 +20,11 @@ def log_softmax_reference(self, dim, dtype):
     return torch.log_softmax(self, dim)
 
 
+def log_softmax_gather_reference(self, dim, index, dtype):
+    """The elements of `log_softmax` that `index` names, as `torch.gather` does."""
+    return torch.log_softmax(self, dim).gather(dim, index)
+
+
 def _fake(self, dim, dtype):
     return self.new_empty(self.shape, dtype=dtype)
 
@@ -53,5 +58,29 @@ log_softmax = register(
         eager=lambda self, dim, dtype: torch.log_softmax(self, dim, dtype=dtype),
         order=ORDER + "; (x - max) - log(sum)",
         fake=_fake,
+    )
+)
+
+log_softmax_gather = register(
+    Kernel(
+        name="log_softmax_gather",
+        schema="(Tensor self, int dim, Tensor index, ScalarType dtype) -> Tensor",
+        contract=Contract(
+            tuple(
+                Case(signature, {"dim": dim, "dtype": dtype}, indices={"index": "K"})
+                for signature, dim, dtype in (
+                    ("self: M K, index: M N -> M N", 1, None),
+                    ("self: K N, index: Q N -> Q N", 0, None),
+                    ("self: M K N, index: M Q N -> M Q N", 1, None),
+                    ("self: M K, index: M 1 -> M 1", 1, torch.float32),
+                )
+            )
+        ),
+        reference=log_softmax_gather_reference,
+        eager=lambda self, dim, index, dtype: torch.log_softmax(self, dim, dtype=dtype).gather(
+            dim, index
+        ),
+        order=ORDER + "; (x - max) - log(sum)",
+        fake=lambda self, dim, index, dtype: self.new_empty(index.shape, dtype=dtype),
     )
 )
