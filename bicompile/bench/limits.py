@@ -1,8 +1,8 @@
-"""The physical limit: what this very machine copies and multiplies per second, and what that costs.
+"""The physical limit: what this very machine reads and multiplies per second, and what that costs.
 
 A model step cannot take less than the sum over its matmuls and attentions of the larger of two
 times: that of the bytes that must move (weights, visible keys and values, each once, at the
-measured copy bandwidth) and that of the operations (at the measured rate of a large matmul).
+measured bandwidth) and that of the operations (at the measured rate of a large matmul).
 Activations are not counted, since a perfect fusion would keep them on the chip.
 """
 
@@ -29,18 +29,23 @@ class Limits:
         self.dtype = dtype_named(dtype)
 
     def measure(self, copied: int, size: int) -> dict[str, float]:
-        """Bytes per second of a copy (read and written), operations per second of a matmul.
+        """Bytes per second of a sum or a copy, operations per second of a matmul.
+
+        A step mostly reads, and a GPU reads faster than it reads and writes.
 
         Args:
             copied: bytes of the source.
             size: M = N = K of the matmul, 2 M N K operations.
         """
-        source = torch.ones(copied, dtype=torch.uint8, device=self.device)
-        target = torch.empty_like(source)
+        source = torch.ones(copied // 4, device=self.device)
+        target, total = torch.empty_like(source), torch.empty((), device=self.device)
         x = torch.randn(size, size, device=self.device).to(self.dtype)
         y = torch.empty_like(x)
         return {
-            "bytes": 2 * copied / self._seconds(lambda: target.copy_(source)),
+            "bytes": max(
+                copied / self._seconds(lambda: torch.sum(source, (0,), out=total)),
+                2 * copied / self._seconds(lambda: target.copy_(source)),
+            ),
             "operations": 2 * size**3 / self._seconds(lambda: torch.mm(x, x, out=y)),
         }
 

@@ -77,7 +77,7 @@ class Race:
 
 
 def measure_limits(race: Race) -> dict[str, float]:
-    """What the machine copies and multiplies; see `bicompile.bench.limits`."""
+    """What the machine reads and multiplies; see `bicompile.bench.limits`."""
     copied, size = race.suite.limits
     settings = race.settings(System("limits", "eager")) | {"part": "limits"}
     with tempfile.TemporaryDirectory() as cache:
