@@ -77,6 +77,14 @@ def check(gm: GraphModule, inputs: list[Any], options: Options) -> None:
         )
 
 
+@contextlib.contextmanager
+def any_number_of_recompilations() -> Iterator[None]:
+    """Let a search try any number of shapes and layouts: beyond its limit Dynamo runs eager."""
+    many = 1 << 20
+    with torch._dynamo.config.patch(recompile_limit=many, accumulated_recompile_limit=many):
+        yield
+
+
 def _last_line(reason: Any) -> str | None:
     if not reason.user_stack:
         return None

@@ -297,6 +297,29 @@ class RegistrationError(BicompileError):
     next = "see 'Adding an op' in CONTRIBUTING.md"
 
 
+class PackageNotFound(BicompileError):
+    """A part of the package needs another package, which an extra brings."""
+
+    what = "{need} needs the package {package}, which is not installed"
+    next = 'pip install "bicompile[{extra}]"'
+
+
+class UnknownProperty(BicompileError):
+    """A property that is to be tested is not known, or cannot hold or fail here."""
+
+    what = "cannot test the property {name!r}: {reason}"
+    accepts = "{accepted}"
+    next = "see docs/testing.md for what each property means and where it applies"
+
+
+class NoBatchAxis(BicompileError):
+    """A result of a function whose rows are to be compared has no axis of the batch."""
+
+    what = "result {number} of shape [{shape}] has no batch axis: the batch is {batch}, axis {axis}"
+    accepts = "results with a row for each row of the inputs"
+    next = 'name the axis with axes={{"return": ...}}, or return only what has rows'
+
+
 def catalogue() -> Sequence[type[BicompileError]]:
     """All error classes a user can meet, in the order of this file."""
     return BicompileError.__subclasses__()

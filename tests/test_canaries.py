@@ -228,7 +228,7 @@ def test_canary_is_caught(kernel, variant, sizes):
     caught = []
     for dtype in (torch.float32, torch.bfloat16):
         sample = testing.make_sample(kernel, case, dtype, sizes)
-        for law in testing.PROPERTIES:
+        for law in testing.kernels.PROPERTIES:
             for seed in range(3):
                 try:
                     law(variant, sample, seed=seed)
@@ -247,7 +247,7 @@ def test_canary_is_caught(kernel, variant, sizes):
 def test_an_honest_stand_in_passes(kernel, honest, sizes):
     """The canaries are caught for their fault, not for being written in Python."""
     sample = testing.make_sample(kernel, kernel.contract.cases[0], torch.float32, sizes)
-    for law in testing.PROPERTIES:
+    for law in testing.kernels.PROPERTIES:
         law(honest, sample)
 
 

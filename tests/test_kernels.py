@@ -17,7 +17,7 @@ each_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 each_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
 )
-each_property = pytest.mark.parametrize("law", testing.PROPERTIES, ids=lambda p: p.__name__)
+each_property = pytest.mark.parametrize("law", testing.kernels.PROPERTIES, ids=lambda p: p.__name__)
 
 
 each_device = pytest.mark.parametrize(
@@ -121,5 +121,5 @@ def test_zero_sizes(kernel, device):
             sizes = {**SIZES, "K": 7, "S": 9, "Q": 5, "M": 3, "N": 2, axis: 0}
             sample = testing.make_sample(kernel, case, torch.float32, sizes, device=device)
             ours, true = sample.run(kernel.op), sample.run(kernel.reference)
-            for a, b in zip(testing._outputs(ours), testing._outputs(true), strict=True):
+            for a, b in zip(testing.outputs(ours), testing.outputs(true), strict=True):
                 torch.testing.assert_close(a, b, equal_nan=True, msg=f"{case} {axis}=0")

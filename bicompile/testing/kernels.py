@@ -15,52 +15,11 @@ from typing import Any
 
 import torch
 
-from bicompile.certificate import random_schedules as random_schedules
 from bicompile.contract import Case
 from bicompile.registry import Kernel
+from bicompile.testing.bits import assert_same_bits, outputs
 
 Op = Callable[..., Any]
-_INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-
-
-class InvarianceViolation(AssertionError):
-    """Two runs that must agree bit for bit do not."""
-
-
-def bits(x: torch.Tensor) -> torch.Tensor:
-    """The bit patterns of a tensor as integers; every NaN counts as the same."""
-    x = x.detach().contiguous()
-    pattern = x.view(_INTEGER[x.element_size()])
-    if x.dtype.is_floating_point:
-        pattern = pattern.masked_fill(x.isnan(), -1)
-    return pattern
-
-
-def assert_same_bits(actual: Any, expected: Any, what: str) -> None:
-    """Compare tensors, or tuples of tensors, bit by bit.
-
-    Raises:
-        InvarianceViolation: with the index and both bit patterns of the first difference.
-    """
-    pairs = zip(_outputs(actual), _outputs(expected), strict=True)
-    for number, (a, e) in enumerate(pairs):
-        if a.shape != e.shape or a.dtype is not e.dtype:
-            raise InvarianceViolation(f"{what}: {a.dtype}{[*a.shape]} is not {e.dtype}{[*e.shape]}")
-        different = (bits(a) != bits(e)).nonzero()
-        if len(different):
-            at = tuple(different[0].tolist())
-            mask = (1 << 8 * a.element_size()) - 1
-            left, right = (
-                f"{int(bits(t)[at].item()) & mask:#x} ({t[at].item():.9g})" for t in (a, e)
-            )
-            raise InvarianceViolation(
-                f"{what}: {len(different)} of {a.numel()} elements of output {number} differ; "
-                f"first at {[*at]}: {left} is not {right}"
-            )
-
-
-def _outputs(result: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
 
 # --------------------------------------------------------------------------------------- samples
@@ -101,11 +60,11 @@ class Sample:
             for arg in self.case.inputs
         }
 
-    def select_outputs(self, outputs: Any, axis: str, index: torch.Tensor) -> list[torch.Tensor]:
+    def select_outputs(self, results: Any, axis: str, index: torch.Tensor) -> list[torch.Tensor]:
         """The same elements of the outputs."""
         return [
             t.index_select(axes.index(axis), index)
-            for t, axes in zip(_outputs(outputs), self.case.outputs, strict=True)
+            for t, axes in zip(outputs(results), self.case.outputs, strict=True)
         ]
 
 
@@ -287,36 +246,9 @@ def error_against_float64(op: Op, sample: Sample) -> tuple[float, float, float]:
         for n, t in sample.tensors.items()
     }
     reference = dataclasses.replace(sample, tensors=wide)
-    true = _outputs(reference.run(sample.kernel.reference))[0]
-    ours = _outputs(sample.run(op))[0]
-    torchs = _outputs(sample.run(sample.kernel.eager))[0]
+    true = outputs(reference.run(sample.kernel.reference))[0]
+    ours = outputs(sample.run(op))[0]
+    torchs = outputs(sample.run(sample.kernel.eager))[0]
     errors = ((x.double() - true).nan_to_num() for x in (ours, torchs, true.to(ours.dtype)))
     ours_rms, torchs_rms, rounding = (e.square().mean().sqrt().item() for e in errors)
     return ours_rms, torchs_rms, rounding
-
-
-def pattern(x: torch.Tensor) -> str:
-    """The bits of one number in hex."""
-    size = x.element_size()
-    return f"{_integer(x) & ((1 << 8 * size) - 1):#0{2 + 2 * size}x}"
-
-
-def _integer(x: torch.Tensor) -> int:
-    kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-    return int(x.reshape(1).contiguous().view(kinds[x.element_size()]).item())
-
-
-def ulps(x: torch.Tensor, y: torch.Tensor) -> int:
-    """How many representable numbers lie from one number to the other.
-
-    Example:
-        >>> ulps(torch.tensor(1.0), torch.nextafter(torch.tensor(1.0), torch.tensor(2.0)))
-        1
-    """
-    if not x.dtype.is_floating_point:
-        return abs(int(x) - int(y))
-    # Negative numbers count downwards from zero.
-    a, b = (
-        n if (n := _integer(t)) >= 0 else -(n + (1 << 8 * t.element_size() - 1)) for t in (x, y)
-    )
-    return abs(a - b)

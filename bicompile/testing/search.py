@@ -1,0 +1,161 @@
+"""`assert_batch_invariant`: a search for the smallest input whose rows change their bits."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from bicompile.capture import any_number_of_recompilations
+from bicompile.errors import BicompileError, UnknownProperty
+from bicompile.testing.bits import InvarianceViolation, assert_same_bits
+from bicompile.testing.properties import PROPERTIES, Property
+from bicompile.testing.subject import Batch, Function, Run, Subject, first_module
+
+SIZES = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33)
+LENGTHS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
+Example = Mapping[str, Any]
+
+
+def assert_batch_invariant(
+    function: Function,
+    make_inputs: Callable[..., Mapping[str, Any]],
+    *,
+    axes: Mapping[str, int | None] | None = None,
+    properties: Sequence[str] | None = None,
+    backend: str | Function = "batch_invariant",
+    max_batch_size: int = 33,
+    max_length: int = 257,
+    max_examples: int | None = None,
+    example: Example | None = None,
+) -> None:
+    """Search for an input with which a row's bits follow anything but the row; raise if it exists.
+
+    Batch sizes, lengths, positions, neighbours, layouts, threads and, for transformers' language
+    models, padding, chunks and caches are drawn by Hypothesis, which also shrinks what it finds to
+    the smallest batch, length and change. The draws are the same in every run.
+
+    Args:
+        function: a function or an nn.Module; called with keyword arguments, without gradients.
+        make_inputs: called with a batch size; returns the keyword arguments, the batch axis B first
+            in each tensor. If it has a parameter `length`, lengths T are searched, too.
+        axes: batch axes by the name of the argument where they are not the first; None: a tensor
+            without one; `return`: that of the results.
+        properties: names out of `PROPERTIES`; all that apply, if nothing is said.
+        backend: "eager", "inductor", "batch_invariant", another backend of torch.compile, or a
+            callable that takes the function and returns what is called in its place (a client of a
+            server, for example).
+        max_batch_size: the largest B.
+        max_length: the largest T.
+        max_examples: so many cases of each property; what `PROPERTIES` says, if nothing is said.
+        example: only this one, as the message of a violation prints it.
+
+    Raises:
+        InvarianceViolation: two computations of a row have other bits; with the first element that
+            differs, both bit patterns, and a line that reproduces it.
+        UnknownProperty: there is none of that name, or it does not apply.
+        NoBatchAxis: a result has no batch axis.
+
+    Example:
+        >>> weight = torch.randn(8, 64)
+        >>> make = lambda batch: {"x": torch.randn(batch, 64)}
+        >>> assert_batch_invariant(lambda x: x @ weight.t(), make, max_examples=3)
+    """
+    subject = Subject(function, make_inputs, backend, axes or {})
+    with any_number_of_recompilations():
+        if example is not None:
+            _replay(subject, example)
+            return
+        smallest = Batch.made(subject, 1, 0, 1 if subject.takes_length else None)
+        for name in _chosen(properties, smallest):
+            cases = max_examples or PROPERTIES[name].cases
+            _search(subject, name, max_batch_size, max_length, cases)
+
+
+def _chosen(names: Sequence[str] | None, batch: Batch) -> list[str]:
+    if names is None:
+        return [name for name, p in PROPERTIES.items() if p.applies(batch)]
+    for name in names:
+        if name not in PROPERTIES:
+            raise UnknownProperty(name=name, reason="there is none", accepted=list(PROPERTIES))
+        if not PROPERTIES[name].applies(batch):
+            applying = [n for n, p in PROPERTIES.items() if p.applies(batch)]
+            raise UnknownProperty(
+                name=name, reason="it does not apply to what is tested", accepted=applying
+            )
+    return list(names)
+
+
+def _search(subject: Subject, name: str, most: int, longest: int, cases: int) -> None:
+    """Try so many cases of a property; the last that is tried after a failure is the smallest."""
+    least = PROPERTIES[name].least
+    sizes = st.sampled_from([n for n in SIZES if least <= n <= most] or [most])
+    lengths = st.sampled_from([n for n in LENGTHS if n <= longest] or [longest])
+
+    @settings(
+        max_examples=cases,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        report_multiple_bugs=False,
+        print_blob=False,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.data())
+    def attempt(data: st.DataObject) -> None:
+        size = data.draw(st.integers(least, most) | sizes)
+        length = data.draw(st.integers(1, longest) | lengths) if subject.takes_length else None
+        seed = data.draw(st.integers(0, 2**16))
+        drawn: dict[str, Any] = {"property": name, "batch": size, "seed": seed}
+        if length is not None:
+            drawn["length"] = length
+
+        def choose(what: str, strategy: st.SearchStrategy[Any]) -> Any:
+            drawn[what] = data.draw(strategy)
+            return drawn[what]
+
+        _compare(subject, PROPERTIES[name], drawn, choose)
+
+    try:
+        attempt()
+    except (InvarianceViolation, BicompileError) as error:
+        error.__notes__ = []  # what Hypothesis adds speaks of its own draws
+        raise
+
+
+def _replay(subject: Subject, example: Example) -> None:
+    _compare(subject, PROPERTIES[example["property"]], example, lambda what, _: example[what])
+
+
+def _compare(
+    subject: Subject, prop: Property, drawn: Example, choose: Callable[[str, Any], Any]
+) -> None:
+    batch = Batch.made(subject, drawn["batch"], drawn["seed"], drawn.get("length"))
+    one, other = prop.check(batch, choose)
+    try:
+        assert_same_bits(other.compute(), one.compute(), other.what)
+    except InvarianceViolation as violation:
+        message = _message(subject, drawn, one, other, str(violation))
+        raise InvarianceViolation(message) from None
+
+
+def _message(subject: Subject, drawn: Example, one: Run, other: Run, what: str) -> str:
+    backend = subject.backend if isinstance(subject.backend, str) else "..."
+    lines = [
+        f"{drawn['property']}: other bits {other.what} than {one.what}",
+        f"  {what}",
+    ]
+    if start := first_module(subject, one, other):
+        lines.append(f"  it starts in {start}")
+    lines += [
+        f"  backend {backend}, torch {torch.__version__}, Python {sys.version.split()[0]}, "
+        f"{torch.get_num_threads()} CPU threads",
+        "  to reproduce it, call assert_batch_invariant with the same function and make_inputs and",
+        f"    backend={backend!r}, example={dict(drawn)!r}",
+    ]
+    return "\n".join(lines)
