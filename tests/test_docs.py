@@ -12,6 +12,7 @@ import pytest
 
 from bicompile.bench import page, plot
 from bicompile.bench.results import Report
+from bicompile.testing import PROPERTIES, InvarianceViolation
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -48,6 +49,23 @@ def test_readme_shows_real_output():
     assert len(shown) == len(real) == 2
     assert re.sub(r"\d+ of", "n of", shown[0]) == re.sub(r"\d+ of", "n of", real[0])
     assert shown[1] == real[1] == "batch_invariant: 0 of 512 numbers of the row differ"
+
+
+def test_testing_names_every_property():
+    page = (ROOT / "docs" / "testing.md").read_text()
+    assert re.findall(r"^\| `([\w ]+)` \|", page, re.MULTILINE) == list(PROPERTIES)
+
+
+def test_testing_shows_real_output():
+    """Which elements differ, and by how much, depends on the machine."""
+    page = (ROOT / "docs" / "testing.md").read_text()
+    with pytest.raises(InvarianceViolation) as caught:
+        exec(blocks(page, "python")[0], {})
+
+    def words(text):
+        return re.sub(r"0x\w+|-?\d[\w.+]*", "n", text).splitlines()
+
+    assert words(blocks(page, "")[0].strip()) == words(str(caught.value))
 
 
 def test_readme_states_the_measured_cost():
@@ -88,7 +106,7 @@ def test_the_plot_is_drawn_from_the_figures(tmp_path):
         assert f"{panel}: time of bicompile" in drawn[0].read_text()
 
 
-SHOWING_OUTPUT = ("explain.md",)  # run by a test that compares what they print
+SHOWING_OUTPUT = ("explain.md", "testing.md")  # run by a test that compares what they print
 
 
 @pytest.mark.parametrize(
