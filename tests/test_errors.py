@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import bicompile
 from bicompile import capture, errors
 from bicompile.options import Options
+from bicompile.testing import assert_batch_invariant
 
 X = torch.randn(4, 8)
 
@@ -215,6 +216,24 @@ def test_texts_of_errors_outside_a_graph(cls):
     assert "next:" in str(error)
     again = pickle.loads(pickle.dumps(error))
     assert str(again) == str(error)
+
+
+def test_what_cannot_be_tested_for_invariance():
+    def check(function, **more):
+        assert_batch_invariant(
+            function, lambda batch: {"x": torch.randn(batch, 3)}, backend="eager", **more
+        )
+
+    with pytest.raises(errors.NoBatchAxis, match="result 0"):
+        check(lambda x: x.sum())
+    with pytest.raises(errors.UnknownProperty, match=r"'padding'.*does not apply"):
+        check(lambda x: x + 1, properties=["padding"])
+
+
+def test_a_package_that_is_not_installed():
+    error = errors.PackageNotFound(package="hypothesis", need="the search", extra="testing")
+    assert "the search needs the package hypothesis" in str(error)
+    assert 'pip install "bicompile[testing]"' in str(error)
 
 
 def test_every_error_has_a_case():
