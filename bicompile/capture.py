@@ -140,20 +140,54 @@ _lock = threading.RLock()
 
 @contextlib.contextmanager
 def attention_whole() -> Iterator[None]:
-    """While it is open, attention is traced as one node of ours, however it is called."""
-    with _lock:
-        saved = {key: _SDPA.py_kernels.get(key) for key in _KEYS}
-        try:
-            for key in _KEYS:
-                _SDPA.py_kernels[key] = attention
-            _SDPA._dispatch_cache.clear()
-            yield
-        finally:
-            for key, kernel in saved.items():
-                _SDPA.py_kernels.pop(key, None)
-                if kernel is not None:
-                    _SDPA.py_kernels[key] = kernel
-            _SDPA._dispatch_cache.clear()
+    """While it is open, attention is traced as one node of ours, however it is called.
+
+    So are ops whose parts PyTorch chooses by sizes or strides, always in the same parts.
+    """
+    with _lock, contextlib.ExitStack() as stack:
+        for op, function in _WHOLE.items():
+            stack.enter_context(_instead(op, function))
+        yield
+
+
+@contextlib.contextmanager
+def _instead(op: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """A composite op is traced as what a function of ours does."""
+    saved = {key: op.py_kernels.get(key) for key in _KEYS}
+    try:
+        for key in _KEYS:
+            op.py_kernels[key] = function
+        op._dispatch_cache.clear()
+        yield
+    finally:
+        for key, kernel in saved.items():
+            op.py_kernels.pop(key, None)
+            if kernel is not None:
+                op.py_kernels[key] = kernel
+        op._dispatch_cache.clear()
+
+
+def linear(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`F.linear` with the bias always added before the product is rounded.
+
+    PyTorch adds it afterwards if the input is not contiguous, as of a transposed batch, but not of
+    one row, which is contiguous in any order of its axes.
+    """
+    if bias is None:
+        return torch.matmul(input, weight.t())
+    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    out = torch.addmm(bias, rows, weight.t())
+    return out if input.dim() == 2 else out.view(*input.shape[:-1], out.shape[-1])
+
+
+def multi_dot(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """`torch.linalg.multi_dot` from left to right.
+
+    PyTorch chooses an order by all sizes, among them the number of rows.
+    """
+    return functools.reduce(torch.matmul, tensors)
 
 
 def attention(
@@ -222,6 +256,12 @@ def _attention_in_parts(
         score = score + attn_mask
     return F.dropout(torch.softmax(score, -1), dropout_p) @ value
 
+
+_WHOLE: dict[Any, Callable[..., Any]] = {
+    _SDPA: attention,
+    aten.linear.default: linear,
+    aten.linalg_multi_dot.default: multi_dot,
+}
 
 # --------------------------------------------------------------------------- decomposition table
 

@@ -1,0 +1,106 @@
+"""Ops whose parts PyTorch chooses by sizes or strides are always made of the same parts."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn as nn
+from rewriting import x
+
+from bicompile import capture, testing
+
+aten = torch.ops.aten
+HALF = [torch.bfloat16, torch.float16]
+each_half = pytest.mark.parametrize("dtype", HALF, ids=["bfloat16", "float16"])
+
+
+def compiled(function, **kwargs):
+    torch._dynamo.reset()
+    return torch.compile(function, backend="batch_invariant", fullgraph=True, **kwargs)
+
+
+def check_row(function, batch, at=3):
+    """One row has the same bits alone and in the batch."""
+    run = compiled(function, dynamic=False)
+    with torch.no_grad():
+        alone, among = run(batch[at : at + 1]), run(batch)
+        testing.assert_same_bits(alone, among[at : at + 1], "row")
+        return among, function(batch)
+
+
+def random(module, dtype):
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module.to(dtype).eval()
+
+
+@each_half
+@pytest.mark.parametrize("shape", [(5, 16), (5, 7, 16), (5, 3, 7, 16)], ids=str)
+def test_linear_of_a_transposed_batch(shape, dtype):
+    """One row is contiguous in any order of its axes, several are not."""
+    layer = random(nn.Linear(16, 32), dtype)
+    batch = x(*shape, dtype=dtype)
+    ours, eager = check_row(lambda t: layer(t.transpose(0, -2)).transpose(0, -2), batch)
+    torch.testing.assert_close(ours, eager, rtol=2e-2, atol=2e-2)
+
+
+@each_half
+def test_linear_of_one_vector_is_a_row(dtype):
+    layer, batch = random(nn.Linear(16, 32), dtype), x(5, 16, dtype=dtype)
+    run = compiled(layer)
+    with torch.no_grad():
+        testing.assert_same_bits(run(batch[3]), run(batch)[3], "vector")
+
+
+def check_attention(dtype, length=7):
+    attention = random(nn.MultiheadAttention(16, 2, batch_first=True), dtype).train()
+    check_row(lambda t: attention(t, t, t, need_weights=False)[0], x(5, length, 16, dtype=dtype))
+
+
+@each_half
+def test_multihead_attention(dtype):
+    check_attention(dtype)
+
+
+@each_half
+def test_decoder_layer(dtype):
+    layer = random(nn.TransformerDecoderLayer(16, 2, 32, batch_first=True), dtype)
+    check_row(lambda t: layer(t, t.flip(1)), x(5, 7, 16, dtype=dtype))
+
+
+def test_the_parts_that_pytorch_chooses_are_caught(monkeypatch):
+    monkeypatch.delitem(capture._WHOLE, aten.linear.default)
+    with pytest.raises(testing.InvarianceViolation):
+        check_attention(torch.bfloat16, length=9)  # compiled code is kept by its shapes
+
+
+def check_product(*sizes):
+    factors = [x(a, b) for a, b in itertools.pairwise(sizes)]
+    ours, eager = check_row(lambda t: torch.linalg.multi_dot([t, *factors[1:]]), factors[0])
+    torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-3)
+
+
+def test_a_product_of_several_matrices():
+    """From the left it is cheaper for one row, from the right for all."""
+    check_product(40, 30, 20, 2)
+
+
+def test_the_cheapest_order_is_caught(monkeypatch):
+    monkeypatch.delitem(capture._WHOLE, aten.linalg_multi_dot.default)
+    with pytest.raises(testing.InvarianceViolation):
+        check_product(41, 30, 20, 2)
+
+
+def test_gradients_of_linear():
+    layer = nn.Linear(16, 32)
+    batch = x(5, 7, 16)
+    loss = compiled(lambda t: layer(t.transpose(0, 1)).square().sum())(batch)
+    loss.backward()
+    ours = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    layer(batch.transpose(0, 1)).square().sum().backward()
+    for a, p in zip(ours, layer.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-4)
