@@ -304,6 +304,7 @@ def decomposition_table() -> _Table:
         )
     )
     table[aten._transformer_encoder_layer_fwd.default] = encoder_layer
+    table[aten.mkldnn_rnn_layer.default] = lstm_layer
     # In eval mode this op is pointwise; in training mode it arrives as its functional form.
     in_place = aten._native_batch_norm_legit.default
     table[in_place] = select_decomp_table()[in_place]
@@ -372,3 +373,30 @@ def encoder_layer(
         return x + feed_forward(norm_2(x))
     x = norm_1(src + attend(src))
     return norm_2(x + feed_forward(x))
+
+
+def lstm_layer(
+    x: torch.Tensor,
+    ih_weight: torch.Tensor,
+    hh_weight: torch.Tensor,
+    ih_bias: torch.Tensor,
+    hh_bias: torch.Tensor,
+    hx: torch.Tensor,
+    cx: torch.Tensor,
+    reverse: bool,
+    batch_sizes: list[int],
+    mode: int,
+    hidden_size: int,
+    num_layers: int,
+    has_biases: bool,
+    *_: bool,
+) -> tuple[torch.Tensor, ...]:
+    """A layer of nn.LSTM, one op of a library on a CPU, opened into its steps.
+
+    `x` is [S, B, D]; the fourth result is for a backward pass alone.
+    """
+    from torch._decomp.decompositions import one_layer_lstm
+
+    weights = [ih_weight, hh_weight, *((ih_bias, hh_bias) if has_biases else ())]
+    out, (h, c) = one_layer_lstm(x, (hx[0], cx[0]), weights, has_biases, reverse)
+    return out, h[None], c[None], x.new_empty(0, dtype=torch.uint8)

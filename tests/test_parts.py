@@ -104,3 +104,15 @@ def test_gradients_of_linear():
     layer(batch.transpose(0, 1)).square().sum().backward()
     for a, p in zip(ours, layer.parameters(), strict=True):
         torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize(
+    "form", [{}, {"bidirectional": True}, {"bias": False}, {"proj_size": 8}], ids=str
+)
+def test_lstm(form, dtype):
+    """On a CPU, PyTorch hands whole layers to a library, but not of every form and dtype."""
+    net = random(nn.LSTM(16, 16, batch_first=True, **form), dtype)
+    ours, eager = check_row(lambda t: net(t)[0], x(5, 3, 16, dtype=dtype))
+    tolerance = 1e-5 if dtype is torch.float32 else 3e-2
+    torch.testing.assert_close(ours, eager, rtol=tolerance, atol=tolerance)
