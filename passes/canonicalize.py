@@ -34,6 +34,17 @@ because the layers of a model share their mask, and so a step of decoding reads 
 becomes::
 
     %s = aten.sort.stable(%x, stable=True, dim=-1, descending=True)
+
+`count_in_order`: Inductor numbers the elements of a whole tensor as they lie in memory. ::
+
+    %i = aten.argmax.default(%x)                       # %x: [3, 5] with strides (1, 3)
+
+becomes::
+
+    %f = aten.reshape.default(%x, [-1])
+    %i = aten.argmax.default(%f, 0)
+
+because the position is that in the order of the axes, whatever the strides.
 """
 
 from __future__ import annotations
@@ -57,6 +68,26 @@ def canonicalize(gm: GraphModule, *, run) -> None:
     undo_repeat_kv(gm, run=run)
     share_visible_ranges(gm, run=run)
     sort_stably(gm, run=run)
+    count_in_order(gm, run=run)
+
+
+def count_in_order(gm: GraphModule, *, run) -> None:
+    """The position of an extreme value in a whole tensor is that in the order of its axes."""
+    for target in (aten.argmax.default, aten.argmin.default):
+        for node in gm.graph.find_nodes(op="call_function", target=target):
+            given = {
+                **dict(zip(("self", "dim", "keepdim"), node.args, strict=False)),
+                **node.kwargs,
+            }
+            x, dim, keep = given["self"], given.get("dim"), given.get("keepdim", False)
+            if dim is not None or value(x).dim() < 2 or not run.fuel():
+                continue
+            emit = Emit(node)
+            new = emit(target, emit(aten.reshape.default, x, [-1]), 0)
+            if keep:
+                new = emit(aten.reshape.default, new, [1] * value(x).dim())
+            run.decide(node, "elements are counted in the order of the axes", became=str(target))
+            emit.take_place(new)
 
 
 def sort_stably(gm: GraphModule, *, run) -> None:

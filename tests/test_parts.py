@@ -116,3 +116,25 @@ def test_lstm(form, dtype):
     ours, eager = check_row(lambda t: net(t)[0], x(5, 3, 16, dtype=dtype))
     tolerance = 1e-5 if dtype is torch.float32 else 3e-2
     torch.testing.assert_close(ours, eager, rtol=tolerance, atol=tolerance)
+
+
+def check_position(function):
+    t = x(3, 5)
+    t[0, 4], t[2, 1] = 9.0, -9.0
+    run = compiled(function, dynamic=False)
+    for given in (t, t.t().contiguous().t()):
+        assert run(given).tolist() == function(t).tolist()
+
+
+@pytest.mark.parametrize("find", [torch.argmax, torch.argmin])
+def test_positions_in_a_whole_tensor(find):
+    """Inductor counts in the order of memory."""
+    check_position(lambda t: find(t * 2))
+    check_position(lambda t: find(t * 2, keepdim=True))
+
+
+def test_counting_in_the_order_of_memory_is_caught():
+    t = x(3, 5)
+    t[0, 4] = 9.0
+    run = compiled(lambda t: torch.argmax(t * 3), options={"disable": "canonicalize"})
+    assert run(t.t().contiguous().t()) != t.argmax()
