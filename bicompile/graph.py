@@ -23,6 +23,14 @@ def value(x: Any) -> Any:
     return x.meta["val"] if isinstance(x, Node) else x
 
 
+def constant(x: Any) -> Any:
+    """The number that a node stands for, with a guard that it stays; others as they are."""
+    val = value(x)
+    if isinstance(val, torch.SymInt):
+        return int(val)
+    return float(val) if isinstance(val, torch.SymFloat) else x
+
+
 def user_line(node: Node) -> str | None:
     """The line of the user's program that a node came from, as ``file:line, in function: code``.
 

@@ -207,7 +207,7 @@ def _to_dtype(owner: Any) -> Any:
         return y
 
     def to_dtype(x: Any, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
-        if dtype in (torch.int8, torch.uint8) and x.dtype.is_floating_point:
+        if dtype in (torch.int8, torch.uint8) and x.dtype and x.dtype.is_floating_point:
             wide = x if x.dtype == torch.float64 else step(x, torch.float32)
             return plain(step(wide, torch.int32), dtype, torch.int32)
         return plain(x, dtype, *args, **kwargs)

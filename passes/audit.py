@@ -36,7 +36,8 @@ ALLOWED: dict[str, tuple[str, frozenset[str]]] = {
             rad2deg real reciprocal relu relu6 remainder round rsqrt rsub selu sgn sigmoid sign
             signbit silu sin sinc sinh softplus special_bessel_j0 special_bessel_j1 special_erfcx
             special_i0e special_i1 special_i1e special_log_ndtr special_ndtri sqrt square sub tan
-            tanh threshold trunc where xlogy conj_physical div_rn inductor_force_stride_order
+            tanh threshold true_divide trunc where xlogy conj_physical div_rn
+            inductor_force_stride_order
             """.split()
         ),
     ),

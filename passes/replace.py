@@ -22,7 +22,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from bicompile.errors import BicompileError, UnsupportedDtype
-from bicompile.graph import Emit, describe_call, user_line, value
+from bicompile.graph import Emit, constant, describe_call, user_line, value
 from bicompile.passes.rules import Rule, rule_of
 
 
@@ -48,8 +48,9 @@ def _apply(rule: Rule, node: Node, run) -> None:
     if not _check_dtype(node, rule.target, run) or not run.fuel():
         return
     emit = Emit(node)
+    args, kwargs = _numbers(node)
     try:
-        new = rule.bind(emit, *node.args, **node.kwargs)
+        new = rule.bind(emit, *args, **kwargs)
     except BicompileError as error:
         run.refuse(node, error)
         return
@@ -57,6 +58,23 @@ def _apply(rule: Rule, node: Node, run) -> None:
         return
     run.decide(node, rule.kernel.order, became=str(rule.kernel.op))
     emit.take_place(new)
+
+
+_NUMBERS = ("number", "Optional[number]", "float")
+
+
+def _numbers(node: Node) -> tuple[list, dict]:
+    """The arguments; a factor or exponent that may vary between calls is guarded to be what it is.
+
+    Under `dynamic=True` a Python number, such as alpha of addmm, is a node.
+    """
+    schema = getattr(node.target, "_schema", None)
+    arguments = schema.arguments if schema else ()
+    numbers = {a.name for a in arguments if str(a.type) in _NUMBERS}
+    places = [a.name in numbers for a in arguments]
+    args = [constant(a) if n else a for a, n in zip(node.args, places, strict=False)]
+    kwargs = {k: constant(a) if k in numbers else a for k, a in node.kwargs.items()}
+    return [*args, *node.args[len(args) :]], kwargs
 
 
 def _check_dtype(node: Node, op: object, run) -> bool:

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from rewriting import x
 
 from bicompile import capture, testing
@@ -138,3 +139,30 @@ def test_counting_in_the_order_of_memory_is_caught():
     t[0, 4] = 9.0
     run = compiled(lambda t: torch.argmax(t * 3), options={"disable": "canonicalize"})
     assert run(t.t().contiguous().t()) != t.argmax()
+
+
+class Settings:
+    alpha, order, rank = 3, 3, 2
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda t: torch.addmm(t, t, t, alpha=Settings.alpha),
+        lambda t: t.norm(Settings.order, dim=1),
+        lambda t: torch.kthvalue(t, Settings.rank, 1)[0],
+        lambda t: F.interpolate(t[None, None], scale_factor=1.7, mode="bilinear"),
+    ],
+    ids=["addmm", "norm", "kthvalue", "interpolate"],
+)
+def test_numbers_under_dynamic_shapes(function):
+    """A Python number is then a node of the graph."""
+    t = x(7, 7)
+    torch.testing.assert_close(compiled(function, dynamic=True)(t), function(t))
+
+
+def test_comparing_small_indices():
+    """Numbers computed from positions have no dtype of their own in Inductor."""
+    t = x(3, 2, 2)
+    run = compiled(lambda t: torch.linalg.matrix_power(t, 0), dynamic=False)
+    assert torch.equal(run(t), torch.eye(2).expand(3, 2, 2))

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from bicompile.graph import value
+from bicompile.graph import constant, value
 from bicompile.passes.rules.common import KERNELS, aten, fill, outputs, prims
 
 
@@ -19,6 +19,7 @@ def _topk(emit, self, k, dim=-1, largest=True, sorted=True):
 
 def _kthvalue(emit, self, k, dim=-1, keepdim=False):
     """The last of the k smallest; of equal ones the lowest position counts as smaller."""
+    k = constant(k)
     first = _topk(emit, self, k, dim, False)
     if first is NotImplemented:
         return first
