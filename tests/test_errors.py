@@ -83,6 +83,12 @@ def test_batch_statistics():
     run(nn.BatchNorm1d(8).eval(), X)
 
 
+def test_batch_statistics_of_the_op_of_export():
+    stats = [torch.ones(8) for _ in range(4)]
+    with pytest.raises(errors.BatchStatistics, match="_batch_norm_with_update"):
+        run(lambda x: torch.ops.aten._batch_norm_with_update(x, *stats, 0.1, 1e-5)[0], X)
+
+
 def test_graph_break():
     def model(x):
         y = x + 1

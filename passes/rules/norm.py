@@ -76,6 +76,8 @@ OVER_THE_BATCH = (
     aten._native_batch_norm_legit.default,
     aten._native_batch_norm_legit_functional.default,
     aten.native_batch_norm.default,
+    aten._batch_norm_with_update.default,
+    aten._batch_norm_with_update_functional.default,
 )
 """Refused: their statistics are over the batch."""
 
