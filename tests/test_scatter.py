@@ -98,3 +98,13 @@ def test_a_place_behind_a_row_is_none_of_the_next_row():
     for outside in (3, -1):
         with pytest.raises(RuntimeError, match="out of range"):
             f(torch.ones(2, 3), torch.tensor([[0, 1, outside], [2, 1, 0]]))
+
+
+def test_nothing_to_add():
+    """A size that follows from the number of elements does not, if there are none."""
+    empty = torch.zeros(0, dtype=torch.long)
+    for t in (x(3, 2), x(0)):
+        run = torch.compile(
+            lambda t: t.put(empty, t.new_zeros(0), accumulate=True), backend="batch_invariant"
+        )
+        assert torch.equal(run(t), t)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -25,8 +27,10 @@ def _on_rows(emit, self, index, source, alpha=1):
     """index_add along the first axis."""
     shape = [size(emit, self, d, n) for d, n in enumerate(value(self).shape)]
     first = value(source).shape[0]
-    rows = emit(aten.reshape.default, self, [shape[0], -1])
-    added = emit(aten.reshape.default, source, [size(emit, source, 0, first), -1])
+    width = math.prod(value(self).shape[1:])
+    width = width if isinstance(width, int) else -1  # which says nothing if there are no rows
+    rows = emit(aten.reshape.default, self, [shape[0], width])
+    added = emit(aten.reshape.default, source, [size(emit, source, 0, first), width])
     out = emit(KERNELS["index_add"].op, rows, index, added, float(alpha))
     return emit(aten.reshape.default, out, shape)
 
