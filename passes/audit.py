@@ -60,6 +60,7 @@ ALLOWED: dict[str, tuple[str, frozenset[str]]] = {
             tril triu unbind unfold unsqueeze view view_as_complex view_as_real view_copy
             _conj _neg_view rev pixel_shuffle pixel_unshuffle channel_shuffle _reshape_alias
             expand_copy permute_copy squeeze_copy unsqueeze_copy _resize_output collapse_view
+            copy_strided
             """.split()
         ),
     ),

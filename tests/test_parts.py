@@ -166,3 +166,10 @@ def test_comparing_small_indices():
     t = x(3, 2, 2)
     run = compiled(lambda t: torch.linalg.matrix_power(t, 0), dynamic=False)
     assert torch.equal(run(t), torch.eye(2).expand(3, 2, 2))
+
+
+def test_filling_a_tensor_in_other_strides():
+    index = torch.tensor([0, 2])
+    t = x(5, 4).t()
+    run = compiled(lambda t: t.index_fill(1, index, 2.0))
+    assert torch.equal(run(t), t.index_fill(1, index, 2.0))
