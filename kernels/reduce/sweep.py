@@ -15,7 +15,7 @@ from bicompile.sweep import VALUES, BitClass, Depth, Problem
 
 #: Terms of a row by bit class: with the quick ones first.
 TERMS = {
-    "block 16": (3, 16, 1),
+    "block 16": (3, 16, 1, 2, 5),
     "block 64": (64, 33),
     "block 256": (200, 256),
     "block 1024": (576, 1000),
