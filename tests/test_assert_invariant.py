@@ -236,6 +236,18 @@ def test_unknown_properties_are_named(name):
         assert_batch_invariant(torch.tanh, rows(3), backend="eager", properties=[name])
 
 
+def test_one_row_has_no_neighbours():
+    assert_batch_invariant(torch.tanh, rows_of_input, backend="eager", max_batch_size=1)
+    with pytest.raises(errors.UnknownProperty, match="neighbours"):
+        assert_batch_invariant(
+            torch.tanh, rows_of_input, backend="eager", max_batch_size=1, properties=["neighbours"]
+        )
+
+
+def rows_of_input(batch):
+    return {"input": torch.randn(batch, 3)}
+
+
 def test_without_hypothesis_it_says_what_to_install(monkeypatch):
     import sys
 

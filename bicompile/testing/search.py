@@ -71,23 +71,21 @@ def assert_batch_invariant(
             _replay(subject, example)
             return
         smallest = Batch.made(subject, 1, 0, 1 if subject.takes_length else None)
-        for name in _chosen(properties, smallest):
+        for name in _chosen(properties, smallest, max_batch_size):
             cases = max_examples or PROPERTIES[name].cases
             _search(subject, name, max_batch_size, max_length, cases)
 
 
-def _chosen(names: Sequence[str] | None, batch: Batch) -> list[str]:
-    if names is None:
-        return [name for name, p in PROPERTIES.items() if p.applies(batch)]
-    for name in names:
+def _chosen(names: Sequence[str] | None, batch: Batch, most: int) -> list[str]:
+    """The properties that are named, or all that apply to batches of up to `most` rows."""
+    applying = [n for n, p in PROPERTIES.items() if p.least <= most and p.applies(batch)]
+    for name in names or ():
         if name not in PROPERTIES:
             raise UnknownProperty(name=name, reason="there is none", accepted=list(PROPERTIES))
-        if not PROPERTIES[name].applies(batch):
-            applying = [n for n, p in PROPERTIES.items() if p.applies(batch)]
-            raise UnknownProperty(
-                name=name, reason="it does not apply to what is tested", accepted=applying
-            )
-    return list(names)
+        if name not in applying:
+            reason = "it does not apply to what is tested"
+            raise UnknownProperty(name=name, reason=reason, accepted=applying)
+    return applying if names is None else list(names)
 
 
 def _search(subject: Subject, name: str, most: int, longest: int, cases: int) -> None:
@@ -145,7 +143,7 @@ def _compare(
 
 
 def _message(subject: Subject, drawn: Example, one: Run, other: Run, what: str) -> str:
-    backend = subject.backend if isinstance(subject.backend, str) else "..."
+    backend = repr(subject.backend) if isinstance(subject.backend, str) else "<the callable>"
     lines = [
         f"{drawn['property']}: other bits {other.what} than {one.what}",
         f"  {what}",
@@ -156,6 +154,6 @@ def _message(subject: Subject, drawn: Example, one: Run, other: Run, what: str) 
         f"  backend {backend}, torch {torch.__version__}, Python {sys.version.split()[0]}, "
         f"{torch.get_num_threads()} CPU threads",
         "  to reproduce it, call assert_batch_invariant with the same function and make_inputs and",
-        f"    backend={backend!r}, example={dict(drawn)!r}",
+        f"    backend={backend}, example={dict(drawn)!r}",
     ]
     return "\n".join(lines)
