@@ -181,7 +181,7 @@ def test_sequence_first():
 
 def capacity(self, x):
     """Tokens beyond an expert's capacity are dropped: who comes first is seen by the others."""
-    expert = F.one_hot((x @ self.gate.weight.T).argmax(-1), 3)
+    expert = F.one_hot((x @ self.gate).argmax(-1), 3)
     place = (expert.cumsum(0) * expert).sum(-1)
     return torch.where((place <= 1)[:, None], x * 2, x)
 
@@ -241,7 +241,11 @@ PLANTED = {
         "conv1d",
         "m.conv(x.T[None])",
     ),
-    "capacity of experts": (Model(capacity, gate=nn.Linear(5, 3)), "cumsum", "expert.cumsum(0)"),
+    "capacity of experts": (
+        Model(capacity, gate=nn.Parameter(torch.eye(5, 3))),
+        "cumsum",
+        "expert.cumsum(0)",
+    ),
     "normalised over all": (
         Model(lambda m, x: F.group_norm(x.T[None], 1)[0].T),
         "group_norm",
