@@ -76,6 +76,8 @@ SIZES = {
 
 OWN_SIZES = {
     "prod": {"K": 60, "K1": 6, "K2": 9},  # a longer product leaves the range
+    "cumprod": {"K": 60},
+    "logcumsumexp": {"N": 3},
     "qk_norm_rope": {"Q": 500},  # tokens are its rows
 }
 

@@ -100,7 +100,7 @@ _OURS: tuple[tuple[Callable[..., Any], str], ...] = (
     (combining.attention, "sdpa sdpa_visible"),
     (combining.visible_range, "visible_range"),
     (combining.reduced, "sum mean prod var std var_mean logsumexp norm"),
-    (combining.along, "softmax log_softmax"),
+    (combining.along, "softmax log_softmax cumsum cumprod logcumsumexp"),
     (combining.chosen_along, "topk"),
     (indexing.gathered, "log_softmax_gather"),
     (indexing.added_by_row, "index_add"),

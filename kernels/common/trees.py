@@ -119,6 +119,16 @@ def log(x):
 
 
 @triton.jit
+def log1p(x):
+    """Accurate logarithm of 1 + x."""
+    if INTERPRET:
+        y = tl.log(1.0 + x)
+    else:
+        y = libdevice.log1p(x)
+    return y
+
+
+@triton.jit
 def rsqrt(x):
     """The reciprocal root that Inductor emits for aten.rsqrt."""
     if INTERPRET:

@@ -53,6 +53,15 @@ def dims(x: Node, dim: Any) -> list[int]:
     return sorted(d % rank for d in given) if rank else []
 
 
+def cast(emit, x, dtype):
+    """PyTorch casts to `dtype` before it reduces; a wider output needs no copy of the input."""
+    dtype = dtype or value(x).dtype
+    widens = value(x).dtype in (torch.bfloat16, torch.float16) and dtype is torch.float32
+    if value(x).dtype is not dtype and not widens:
+        x = emit(prims.convert_element_type.default, x, dtype)
+    return x, dtype
+
+
 def outputs(emit, call, count):
     """The first `count` results of a call."""
     return tuple(emit(getitem, call, i) for i in range(count))

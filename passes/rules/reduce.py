@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
-from bicompile.graph import value
-from bicompile.passes.rules.common import KERNELS, aten, dims, outputs, prims
-
-
-def _cast(emit, x, dtype):
-    """PyTorch casts to `dtype` before it reduces; a wider output needs no copy of the input."""
-    dtype = dtype or value(x).dtype
-    widens = value(x).dtype in (torch.bfloat16, torch.float16) and dtype is torch.float32
-    if value(x).dtype is not dtype and not widens:
-        x = emit(prims.convert_element_type.default, x, dtype)
-    return x, dtype
+from bicompile.passes.rules.common import KERNELS, aten, cast, dims, outputs
 
 
 def _reduction(name):
     def bind(emit, self, dim=None, keepdim=False, *, dtype=None):
-        self, dtype = _cast(emit, self, dtype)
+        self, dtype = cast(emit, self, dtype)
         return emit(KERNELS[name].op, self, dims(self, dim), keepdim, dtype)
 
     return bind
@@ -43,7 +31,7 @@ def _logsumexp(emit, self, dim, keepdim=False):
 
 
 def _vector_norm(emit, self, ord=2, dim=None, keepdim=False, *, dtype=None):
-    self, dtype = _cast(emit, self, dtype)
+    self, dtype = cast(emit, self, dtype)
     return emit(KERNELS["norm"].op, self, float(ord), dims(self, dim), keepdim, dtype)
 
 
