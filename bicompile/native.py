@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -47,6 +48,9 @@ FLAGS = (
     *("-ffp-contract=off", "-fno-math-errno"),
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the stable ABI of torch 2.10
 )
+
+_INCLUDED = re.compile(r'^#include "(.+)"', re.MULTILINE)
+_OF_DOT_PRODUCTS = ("matmul", "convolution")  # families that use vdpbf16ps where a machine has it
 
 _lock = threading.Lock()
 _loaded: str | None = None
@@ -122,7 +126,9 @@ def load(isa: str | None = None) -> str:
                 _load_library(library, wanted)
             if wanted == "avx512_bf16" and not _dot_is_exact():
                 log.warning("vdpbf16ps of this processor rounds in its own way: not used")
-                _load_library(build("avx512")["matmul"], "avx512")
+                for family, library in build("avx512").items():
+                    if family in _OF_DOT_PRODUCTS:
+                        _load_library(library, "avx512")
             _loaded = wanted
         return _loaded
 
@@ -134,7 +140,7 @@ def _default_isa() -> str:
 def _dot_is_exact() -> bool:
     """Whether the bfloat16 dot product of the processor has the bits that the kernels promise.
 
-    If not, the library of the matmul family has registered nothing.
+    If not, the libraries of _OF_DOT_PRODUCTS have registered nothing.
     """
     return bool(ctypes.CDLL(str(_library("matmul", "avx512_bf16"))).bicompile_matmul_is_exact())
 
@@ -170,13 +176,26 @@ def _flags(isa: str) -> list[str]:
 
 def _library(family: str, isa: str) -> Path:
     parts = [*_flags(isa), torch.__version__]
-    sources = sorted([*(KERNELS / family).glob("*.h"), *(KERNELS / "common").glob("*.h")])
-    for source in [KERNELS / family / "cpu.cpp", *sources]:
-        parts += [source.name, source.read_text()]
+    for name, text in sorted(_sources(KERNELS / family / "cpu.cpp").items()):
+        parts += [name, text]
     digest = hashlib.sha256()
     for part in [*parts, _compiler_identity()]:
         digest.update(part.encode() + b"\0")
     return cache_folder() / f"{family}-{isa}-{digest.hexdigest()[:24]}.so"
+
+
+def _sources(path: Path) -> dict[str, str]:
+    """The text of a source and of all headers of ours that it includes."""
+    found: dict[str, str] = {}
+    waiting = [path]
+    while waiting:
+        source = waiting.pop()
+        name = str(source.relative_to(KERNELS))
+        if name not in found:
+            found[name] = source.read_text()
+            included = _INCLUDED.findall(found[name])
+            waiting += [Path(os.path.normpath(source.parent / header)) for header in included]
+    return found
 
 
 def _compiler_identity() -> str:
