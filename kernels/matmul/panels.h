@@ -223,26 +223,33 @@ inline int64_t panel_vectors(int64_t v, int64_t n) {
   return kPanelN == 3 && (left == 4 || left == 2) ? 2 : left < kPanelN ? left : kPanelN;
 }
 
+// The block of rows at m, of at most M, times a panel of NV vectors, to tile[rows][NV][16];
+// returns how many rows it has.
+template <class P, int NV>
+int64_t panel_block(const Word* a, const Word* b, int64_t m, int64_t M, int64_t steps,
+                    float* tile) {
+  const int64_t rows = block_rows(m, M);
+  if (rows == 4) {
+    if constexpr (kPanelM == 4) panel_tile<P, 4, NV>(a, b, steps, tile);
+  } else if (rows == 2) {
+    panel_tile<P, 2, NV>(a, b, steps, tile);
+  } else {
+    panel_tile<P, 1, NV>(a, b, steps, tile);
+  }
+  return rows;
+}
+
 // Rows [m, M) of packed blocks times a panel of NV vectors whose first column is n.
 template <class P, class T, int NV>
 void panel_blocks(const Word* a, const Word* b, int64_t m, int64_t M, int64_t K, int64_t n,
                   int64_t N, const Output<T>& out) {
   const int64_t steps = steps_of<P>(K);
   alignas(64) float tile[kPanelM * NV * W];
-  while (m < M) {
-    const int64_t rows = block_rows(m, M);
-    if (rows == 4) {
-      if constexpr (kPanelM == 4) panel_tile<P, 4, NV>(a, b, steps, tile);
-    } else if (rows == 2) {
-      panel_tile<P, 2, NV>(a, b, steps, tile);
-    } else {
-      panel_tile<P, 1, NV>(a, b, steps, tile);
-    }
+  for (int64_t rows; m < M; m += rows, a += panel_size(steps, rows)) {
+    rows = panel_block<P, NV>(a, b, m, M, steps, tile);
     for (int64_t i = 0; i < rows; i++)
       for (int64_t v = 0; v < NV && n + v * W < N; v++)
         out.put(m + i, n + v * W, load(tile + (i * NV + v) * W), std::min(W, N - n - v * W));
-    a += panel_size(steps, rows);
-    m += rows;
   }
 }
 
