@@ -4,6 +4,9 @@ Axis letters, the same everywhere in this project::
 
     B batch   M rows   N columns   H heads   Q query length   C channels
     K reduced   S key length   D head size   G groups
+    I image   W taps of a window   P positions of a window
+
+An axis may hold two, the first of them outside: ``H*C`` is C channels for each of H groups.
 
 A `Contract` states an op in one or more `Case`s.  A case is a signature in the manner of einops,
 ``"self: M K, mat2: K N -> M N"``, plus values for the arguments that are not tensors.  Checks,
@@ -30,11 +33,14 @@ class Role(enum.Enum):
     """Elements along it are independent: any of them may be added, removed or moved."""
     REDUCED = "reduced"
     """Summed over in a pinned order; its size is part of what the bits depend on."""
+    IMAGE = "image"
+    """A window slides over it: an element of the output reads some of it (see `Window`)."""
 
 
 ROLES: Mapping[str, Role] = {
     **dict.fromkeys("BMNHQ", Role.ROW),
-    **dict.fromkeys("KSDCG", Role.REDUCED),
+    **dict.fromkeys("KSDCGW", Role.REDUCED),
+    "I": Role.IMAGE,
 }
 
 HALF_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,6 +56,50 @@ class TensorArg:
 
 
 @dataclass(frozen=True)
+class Window:
+    """What a position of an output axis reads of an axis of the image.
+
+    Position p meets, by tap w, element ``p * stride + w * dilation - padding``; a transposed window
+    meets the elements i with ``i * stride = p + padding - w * dilation``. Outside the image is 0.
+
+    Args:
+        image: the axis that the window slides over.
+        taps: the axis of its taps.
+        stride, padding, dilation: as in the formula, in elements.
+        transposed: the second formula.
+        extra: positions at the end beyond those that the formula gives (transposed ones only).
+    """
+
+    image: str
+    taps: str
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    transposed: bool = False
+    extra: int = 0
+
+    def least(self, taps: int) -> int:
+        """The smallest image with at least one position."""
+        reach = self.dilation * (taps - 1) + 1
+        if self.transposed:  # (i - 1) * stride + reach + extra - 2 * padding >= 1
+            return max(1, 1 + -((reach + self.extra - 2 * self.padding - 1) // self.stride))
+        return max(1, reach - 2 * self.padding)
+
+    def read(self, position: int, taps: int) -> tuple[int, int]:
+        """The first and the last element that a position can read."""
+        reach = self.dilation * (taps - 1)
+        if self.transposed:
+            last = position + self.padding
+            return -((reach - last) // self.stride), last // self.stride
+        first = position * self.stride - self.padding
+        return first, first + reach
+
+    def shift(self, steps: int) -> tuple[int, int]:
+        """By how many elements and positions the image and the output move together."""
+        return (steps, steps * self.stride) if self.transposed else (steps * self.stride, steps)
+
+
+@dataclass(frozen=True)
 class Case:
     """One form in which an op is called.
 
@@ -61,6 +111,7 @@ class Case:
         masks: names of the tensors that say which elements are visible (boolean or additive).
         indices: tensors of integers -> the axis on which each element names a position.
         ends: tensors of integers -> the axis along which they say where each run of elements ends.
+        windows: axes of the output -> the windows whose positions they are.
     """
 
     signature: str
@@ -68,6 +119,7 @@ class Case:
     masks: tuple[str, ...] = ()
     indices: Mapping[str, str] = field(default_factory=dict)
     ends: Mapping[str, str] = field(default_factory=dict)
+    windows: Mapping[str, Window] = field(default_factory=dict)
 
     @cached_property
     def inputs(self) -> tuple[TensorArg, ...]:
@@ -82,7 +134,7 @@ class Case:
     @cached_property
     def axes(self) -> tuple[str, ...]:
         """All axes, in order of appearance."""
-        return tuple(dict.fromkeys(a for arg in self.inputs for a in arg.axes))
+        return tuple(dict.fromkeys(a for arg in self.inputs for a in single(arg.axes)))
 
     @cached_property
     def row_axes(self) -> tuple[str, ...]:
@@ -90,7 +142,9 @@ class Case:
         return tuple(
             a
             for a in self.axes
-            if a != "1" and ROLES[a[0]] is Role.ROW and all(a in out for out in self.outputs)
+            if a != "1"
+            and ROLES[a[0]] is Role.ROW
+            and all(a in single(out) for out in self.outputs)
         )
 
     @cached_property
@@ -101,12 +155,17 @@ class Case:
         return left, right
 
 
+def single(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Axes with each that holds two taken apart: ``("B", "H*C")`` -> ``("B", "H", "C")``."""
+    return tuple(a for both in axes for a in both.split("*"))
+
+
 def _parse(part: str) -> TensorArg:
     name, colon, axes = part.partition(":")
     name = name.strip()
     if not colon or not name:
         raise RegistrationError(name=part.strip(), reason="an input reads 'name: AXES'")
-    unknown = [a for a in axes.split() if a != "1" and a[0] not in ROLES]
+    unknown = [a for a in single(tuple(axes.split())) if a != "1" and a[:1] not in ROLES]
     if unknown:
         raise RegistrationError(name=name, reason=f"unknown axis letters {unknown}")
     return TensorArg(name.removesuffix("?"), tuple(axes.split()), name.endswith("?"))

@@ -12,8 +12,14 @@ ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 33)
 SMALL = (1, 2, 3, 4)
 
 
-def axis_sizes(axis: str, crowded: bool):
-    """Sizes of an axis; `crowded` keeps calls with many axes small."""
+def axis_sizes(axis: str, crowded: bool, windows: int):
+    """Sizes of an axis; `crowded` keeps calls with many axes small, and so do several windows."""
+    if axis[0] == "I":
+        return st.sampled_from((1, 2, 7, 16, 33, 130) if windows == 1 else (1, 2, 5, 9, 17))
+    if axis[0] == "W":
+        return st.sampled_from((1, 2, 3, 7))
+    if windows and axis[0] == "N":
+        return st.sampled_from((*SMALL, 5, 17))
     if axis[0] in "BHC":
         return st.sampled_from(SMALL)
     if axis[0] in "KS":
@@ -28,9 +34,10 @@ def samples(draw, kernel, dtype, device="cpu"):
     """A call of `kernel`: a case of its contract, sizes, contents."""
     case = draw(st.sampled_from(kernel.contract.cases), label="case")
     crowded = len(case.axes) > 3
-    sizes = {a: draw(axis_sizes(a, crowded), label=a) for a in case.axes if a != "1"}
-    if "groups" in case.params:
-        sizes["G"] = case.params["groups"]
+    windows = len(case.windows)
+    sizes = {a: draw(axis_sizes(a, crowded, windows), label=a) for a in case.axes if a != "1"}
+    if isinstance(groups := case.params.get("groups"), int):
+        sizes["G"] = groups
     optional = [arg.name for arg in case.inputs if arg.optional]
     absent_sets = st.sets(st.sampled_from(optional)) if optional else st.just(set())
     absent = draw(absent_sets, label="absent")

@@ -155,7 +155,7 @@ def test_refusals_are_filtered_by_class(browser, tmp_path):
         page.view.uncheck(f"#classes input[value='{number}']")
     assert page.names() == [row.name for row in explained("convolutional").refused]
     page.rows().first.click()
-    assert "cannot be made batch-invariant" in page.view.locator("#detail").inner_text()
+    assert "takes its statistics over the batch" in page.view.locator("#detail").inner_text()
     page.close()
 
 

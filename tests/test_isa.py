@@ -14,8 +14,9 @@ import torch
 from bicompile import native, registry, testing
 
 AXES = ("M", "N", "N1", "N2", "K", "K1", "K2", "B", "H", "H1", "Q", "S", "D", "C", "G")
-SMALL = (5, 7, 3, 6, 45, 5, 9, 2, 4, 3, 3, 70, 24, 3, 2)
-LARGE = (37, 50, 17, 40, 64, 4, 16, 2, 2, 1, 19, 33, 16, 2, 1)
+AXES += ("I1", "I2", "I3", "W1", "W2", "W3")
+SMALL = (5, 7, 3, 6, 45, 5, 9, 2, 4, 3, 3, 70, 24, 3, 2, 19, 7, 5, 3, 2, 1)
+LARGE = (37, 50, 17, 40, 64, 4, 16, 2, 2, 1, 19, 33, 16, 2, 1, 9, 18, 3, 4, 5, 3)
 SIZES = [dict(zip(AXES, sizes, strict=True)) for sizes in (SMALL, LARGE)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

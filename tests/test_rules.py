@@ -39,6 +39,11 @@ RULE_CASES = {
     aten.vdot.default: (torch.vdot, V, V),
     aten.addmv.default: (lambda a, b: torch.addmv(C3, a, b, beta=2, alpha=3), M, V),
     aten.addbmm.default: (lambda a: torch.addbmm(C4, a, a.mT, beta=2, alpha=3), B),
+    aten.convolution.default: (
+        lambda t, w: F.conv2d(t, w, padding="same", groups=2, dilation=2),
+        x(2, 4, 9, 8),
+        x(4, 2, 3, 2),
+    ),
     aten.sum.default: (torch.sum, B),
     aten.sum.dim_IntList: (lambda t: t.sum((0, -1), keepdim=True), B),
     aten.mean.default: (torch.mean, B),

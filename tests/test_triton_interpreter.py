@@ -18,7 +18,8 @@ HERE = Path(__file__).parent
     reason="the interpreter of this Triton needs NumPy below 2.4",
 )
 @pytest.mark.parametrize(
-    "family", ["attention", "matmul", "mixtures", "rows", "scan", "scatter", "schedules", "verify"]
+    "family",
+    "attention convolution matmul mixtures rows scan scatter schedules verify".split(),
 )
 def test_in_the_interpreter(family):
     environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")

@@ -106,6 +106,7 @@ _OURS: tuple[tuple[Callable[..., Any], str], ...] = (
     (indexing.added_by_row, "index_add"),
     (combining.normalised, "layer_norm rms_norm"),
     (combining.group_norm, "group_norm"),
+    (combining.spatial, "convolution"),
 )
 
 TABLE: Mapping[str, Entry] = {

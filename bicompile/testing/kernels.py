@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from bicompile.contract import Case
+from bicompile.contract import Case, TensorArg, Window, single
 from bicompile.registry import Kernel
 from bicompile.testing.bits import assert_same_bits, outputs
 
@@ -47,25 +48,37 @@ class Sample:
         """Call `op` on the sample, or on other tensors in its place."""
         return op(*self.arguments(tensors))
 
-    def select(self, axis: str, index: torch.Tensor) -> dict[str, torch.Tensor | None]:
-        """The tensors with only the elements `index` along `axis`; runs along it become shorter."""
-        return {
+    def select(self, axis: str, index: torch.Tensor) -> Sample:
+        """The sample with only the elements `index` along `axis`; runs along it become shorter."""
+        tensors = {
             arg.name: None
             if (t := self.tensors[arg.name]) is None
-            else t.index_select(arg.axes.index(axis), index)
-            if axis in arg.axes
             else (index < t[:, None]).sum(1).to(t.dtype)
             if self.case.ends.get(arg.name) == axis
-            else t
+            else self.pick(t, arg.axes, axis, index)
             for arg in self.case.inputs
         }
+        sizes = {**self.sizes, axis: len(index)}
+        return dataclasses.replace(self, tensors=tensors, sizes=sizes)
 
     def select_outputs(self, results: Any, axis: str, index: torch.Tensor) -> list[torch.Tensor]:
         """The same elements of the outputs."""
         return [
-            t.index_select(axes.index(axis), index)
+            self.pick(t, axes, axis, index)
             for t, axes in zip(outputs(results), self.case.outputs, strict=True)
         ]
+
+    def pick(
+        self, t: torch.Tensor, axes: tuple[str, ...], axis: str, index: torch.Tensor
+    ) -> torch.Tensor:
+        """The elements `index` along `axis` of a tensor with these axes, if it has that one."""
+        for dim, both in enumerate(axes):
+            parts = both.split("*")
+            if axis in parts:
+                t = t.unflatten(dim, [self.sizes[p] if len(parts) > 1 else -1 for p in parts])
+                t = t.index_select(dim + parts.index(axis), index)
+                return t.flatten(dim, dim + len(parts) - 1)
+        return t
 
 
 def make_sample(
@@ -82,11 +95,15 @@ def make_sample(
     """Draw the tensors of a call: values of mixed magnitude, with cancellation and exact zeros."""
     generator = torch.Generator().manual_seed(seed)
     sizes = dict(sizes)
-    if "groups" in case.params:
-        sizes["C"] = sizes["C"] * int(case.params["groups"])  # type: ignore[call-overload]
+    if isinstance(groups := case.params.get("groups"), int):
+        sizes["C"] = sizes["C"] * groups
+    for window in case.windows.values():
+        sizes[window.image] = max(sizes[window.image], window.least(sizes[window.taps]))
     tensors: dict[str, torch.Tensor | None] = {}
     for arg in case.inputs:
-        shape = [1 if a == "1" else sizes[a] for a in arg.axes]
+        shape = [
+            math.prod(1 if a == "1" else sizes[a] for a in both.split("*")) for both in arg.axes
+        ]
         if arg.optional and arg.name in absent:
             tensors[arg.name] = None
         elif arg.name in case.indices:
@@ -122,7 +139,7 @@ def rows_do_not_depend_on_the_batch(op: Op, sample: Sample, *, seed: int = 0) ->
             if axis in sample.case.ends.values():
                 index = index.sort().values  # a row stays in its run
             index = index.to(_device(sample))
-            alone = sample.run(op, sample.select(axis, index))
+            alone = sample.select(axis, index).run(op)
             expected = sample.select_outputs(full, axis, index)
             assert_same_bits(alone, expected, f"{count} of {size} along {axis}")
 
@@ -136,22 +153,73 @@ def rows_do_not_depend_on_neighbours(op: Op, sample: Sample, *, seed: int = 0) -
             continue
         keep = torch.tensor([seed % size], device=_device(sample))
         for bad in (float("nan"), float("inf"), torch.finfo(sample.dtype).max):
-            tensors = {
-                arg.name: _spoil(sample.tensors[arg.name], arg.axes, axis, keep, bad)
-                for arg in sample.case.inputs
-            }
+            tensors = {arg.name: _spoil(sample, arg, axis, keep, bad) for arg in sample.case.inputs}
             spoiled = sample.select_outputs(sample.run(op, tensors), axis, keep)
             expected = sample.select_outputs(full, axis, keep)
             assert_same_bits(spoiled, expected, f"neighbours along {axis} are {bad}")
 
 
 def _spoil(
-    x: torch.Tensor | None, axes: tuple[str, ...], axis: str, keep: torch.Tensor, bad: float
+    sample: Sample, arg: TensorArg, axis: str, keep: torch.Tensor, bad: float
 ) -> torch.Tensor | None:
-    if x is None or axis not in axes or not x.dtype.is_floating_point:
+    """The tensor with `bad` in all elements but those of `keep` along `axis`."""
+    x = sample.tensors[arg.name]
+    if x is None or axis not in single(arg.axes) or not x.dtype.is_floating_point:
         return x
-    dim = axes.index(axis)
-    return torch.full_like(x, bad).index_copy(dim, keep, x.index_select(dim, keep))
+    numbers = torch.arange(x.numel(), device=x.device).view(x.shape)
+    kept = sample.pick(numbers, arg.axes, axis, keep).reshape(-1)
+    spoiled = torch.full_like(x, bad).view(-1)
+    return spoiled.index_copy_(0, kept, x.reshape(-1)[kept]).view(x.shape)
+
+
+def windows_do_not_depend_on_their_place(op: Op, sample: Sample, *, seed: int = 0) -> None:
+    """An image in a larger one of zeros gives the bits that it gives alone."""
+    full = sample.run(op)
+    generator = torch.Generator().manual_seed(seed)
+    for axis, window in sample.case.windows.items():
+        for _ in range(3):
+            before, behind = torch.randint(20, (2,), generator=generator).tolist()
+            elements, positions = window.shift(before)
+            tensors = {
+                arg.name: _framed(sample.tensors[arg.name], arg, window, elements, behind)
+                for arg in sample.case.inputs
+            }
+            moved = sample.run(op, tensors)
+            for got, want, axes in zip(
+                _outputs(moved), _outputs(full), sample.case.outputs, strict=True
+            ):
+                d = axes.index(axis)
+                part = got.narrow(d, positions, want.shape[d])
+                assert_same_bits(part, want, f"{before} positions on along {axis}")
+
+
+def _framed(
+    x: torch.Tensor | None, arg: TensorArg, window: Window, before: int, behind: int
+) -> torch.Tensor | None:
+    if x is None or window.image not in arg.axes:
+        return x
+    d = arg.axes.index(window.image)
+    zeros = (x.new_zeros((*x.shape[:d], n, *x.shape[d + 1 :])) for n in (before, behind))
+    return torch.cat([next(zeros), x, next(zeros)], d)
+
+
+def windows_read_nothing_else(op: Op, sample: Sample, *, seed: int = 0) -> None:
+    """NaN, inf and huge values outside a window change no bit of what it gives."""
+    full = sample.run(op)
+    for axis, window in sample.case.windows.items():
+        axes = sample.case.outputs[0]
+        position = seed % _outputs(full)[0].shape[axes.index(axis)]
+        first, last = window.read(position, sample.sizes[window.taps])
+        elements = torch.arange(sample.sizes[window.image], device=_device(sample))
+        keep = elements[(first <= elements) & (elements <= last)]
+        for bad in (float("nan"), float("inf"), torch.finfo(sample.dtype).max):
+            tensors = {
+                arg.name: _spoil(sample, arg, window.image, keep, bad) for arg in sample.case.inputs
+            }
+            spoiled = sample.run(op, tensors)
+            at = torch.tensor([position], device=_device(sample))
+            got, want = (sample.select_outputs(out, axis, at) for out in (spoiled, full))
+            assert_same_bits(got, want, f"position {position} of {axis} among {bad}")
 
 
 LAYOUTS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -216,6 +284,13 @@ PROPERTIES: tuple[Callable[..., None], ...] = (
     bits_do_not_depend_on_layout,
     bits_do_not_depend_on_the_run,
 )
+
+
+OF_WINDOWS: tuple[Callable[..., None], ...] = (
+    windows_do_not_depend_on_their_place,
+    windows_read_nothing_else,
+)
+"""What holds besides for ops with windows."""
 
 
 @contextlib.contextmanager

@@ -1,0 +1,116 @@
+// Few terms, or few outputs a group as in a depthwise convolution: nothing is packed, a vector
+// holds 16 outputs of one lane, and the lanes meet in registers.
+#ifndef BICOMPILE_CONVOLUTION_DIRECT_H
+#define BICOMPILE_CONVOLUTION_DIRECT_H
+
+#include "../matmul/panels.h"
+
+namespace bic::simd {
+
+// Lanes that hold terms; the others are +0, and adding one +0 at the end is adding each in turn.
+template <class P>
+int64_t lanes_of(int64_t K) {
+  return std::clamp<int64_t>(P::kBlock == 32 ? (K + 1) / 2 : K, 1, W);
+}
+
+// What `count` outputs give to a lane at a step; term k of the first one lies at image[at[k]].
+template <class P>
+BIC_INLINE i32x16 image_words(const typename P::Element* image, const int64_t* at, int64_t step,
+                              int64_t lane, int64_t K, int64_t count) {
+  const auto row = [&](int64_t k) __attribute__((always_inline)) {
+    if (k >= K) return splat_int(0);
+    return as_int(count == W ? load(image + at[k]) : load(image + at[k], count));
+  };
+  if constexpr (P::kBlock == 16) {
+    return row(step * W + lane);
+  } else {
+    const int64_t k = step * 2 * W + 2 * lane;
+    return row(k + 1) | shift_right_16(row(k));
+  }
+}
+
+// An output channel over NV vectors of outputs, all of them whole if FULL.
+template <class P, int L, int NV, bool FULL>
+struct Direct {
+  const Word* weights;  // word 16 s + l is what lane l takes at step s
+  const typename P::Element* image;
+  const int64_t *at, *starts;
+  int64_t K, columns;
+
+  struct Vectors {
+    f32x16 v[NV];
+  };
+
+  template <int LANE>
+  BIC_INLINE Vectors lane() const {
+    using Panel = typename P::Panel;
+    constexpr int64_t kStep = P::kBlock, kFirst = LANE * (kStep / W);
+    Vectors sum;
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) sum.v[v] = zero();
+    const auto take = [&](int64_t s) __attribute__((always_inline)) {
+      const auto w = Panel::broadcast(weights + s * W + LANE);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) {
+        const int64_t count = FULL ? W : std::min(W, columns - starts[v]);
+        const i32x16 x = image_words<P>(image + starts[v], at, s, LANE, K, count);
+        sum.v[v] = Panel::mac(sum.v[v], w, Panel::from_words(x));
+      }
+    };
+    if constexpr (L < W) {
+      if (kFirst < K) take(0);
+    } else {
+      const int64_t steps = (K - kFirst + kStep - 1) / kStep;
+      for (int64_t s = 0; s < steps; s++) take(s);
+      if (steps < steps_of<P>(K))  // the lane's last term is 0 * 0
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) sum.v[v] = sum.v[v] + zero();
+    }
+    return sum;
+  }
+
+  // Lanes LANE, LANE + STEP, LANE + 2 STEP, ... joined as in the tree.
+  template <int LANE, int STEP, class F>
+  static BIC_INLINE Vectors tree(const F& leaf) {
+    if constexpr (STEP == W) {
+      return leaf(std::integral_constant<int, LANE>{});
+    } else {
+      Vectors x = tree<LANE, 2 * STEP>(leaf);
+      if constexpr (LANE + STEP < L) {
+        const Vectors y = tree<LANE + STEP, 2 * STEP>(leaf);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) x.v[v] = x.v[v] + y.v[v];
+      }
+      return x;
+    }
+  }
+
+  // All lanes at once, apart from the tree, which rounds in another mode.
+  __attribute__((noinline)) void lanes_apart(Vectors* to) const {
+    [&]<int... LANE>(std::integer_sequence<int, LANE...>) {
+      ((to[LANE] = lane<LANE>()), ...);
+    }(std::make_integer_sequence<int, L>());
+  }
+
+  // To tile[NV][16].
+  void run(float* tile) const {
+    Vectors sum;
+    if constexpr (P::Panel::kFlush) {
+      Vectors lanes[L];
+      {
+        FloatMode mode(true);
+        lanes_apart(lanes);
+      }
+      sum = tree<0, 1>([&](auto i) __attribute__((always_inline)) { return lanes[i]; });
+    } else {
+      sum = tree<0, 1>([&](auto i) __attribute__((always_inline)) { return lane<i>(); });
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++)
+      store_raw(tile + v * W, L < W ? sum.v[v] + zero() : sum.v[v]);
+  }
+};
+
+}  // namespace bic::simd
+
+#endif
