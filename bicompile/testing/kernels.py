@@ -186,7 +186,7 @@ def windows_do_not_depend_on_their_place(op: Op, sample: Sample, *, seed: int = 
             }
             moved = sample.run(op, tensors)
             for got, want, axes in zip(
-                _outputs(moved), _outputs(full), sample.case.outputs, strict=True
+                outputs(moved), outputs(full), sample.case.outputs, strict=True
             ):
                 d = axes.index(axis)
                 part = got.narrow(d, positions, want.shape[d])
@@ -208,7 +208,7 @@ def windows_read_nothing_else(op: Op, sample: Sample, *, seed: int = 0) -> None:
     full = sample.run(op)
     for axis, window in sample.case.windows.items():
         axes = sample.case.outputs[0]
-        position = seed % _outputs(full)[0].shape[axes.index(axis)]
+        position = seed % outputs(full)[0].shape[axes.index(axis)]
         first, last = window.read(position, sample.sizes[window.taps])
         elements = torch.arange(sample.sizes[window.image], device=_device(sample))
         keep = elements[(first <= elements) & (elements <= last)]
