@@ -53,8 +53,14 @@ def tiny(name, dtype):
     return model.to(dtype), torch.randn(shape).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", MODELS)
+CASES = [
+    pytest.param(name, dtype, marks=pytest.mark.soak if name == "mobilenet" and narrow else [])
+    for name in MODELS
+    for narrow, dtype in enumerate((torch.float32, torch.bfloat16))
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_rows(name, dtype):
     model, images = tiny(name, dtype)
     compiled = torch.compile(model, backend="batch_invariant")
