@@ -192,6 +192,30 @@ def warps_follow_the_rows(x, n, w, eps, offset, round_first):
     return x * (lanes_sum(x * x, lanes)[..., None] / x.shape[-1] + eps).rsqrt()
 
 
+@canary("softmax_backward", M=9, K=129)
+def the_sum_of_a_gradient_follows_the_rows(grad, y, dim, dtype):
+    total = lanes_sum(grad.float() * y.float(), 8 if len(grad) < 4 else 16)[..., None]
+    return ((grad.float() - total) * y.float()).to(dtype)
+
+
+@canary("log_softmax_backward", M=9, K=129)
+def a_gradient_is_centred_over_the_batch(grad, y, dim, dtype):
+    grad = grad.float() + 0.0 * grad.float().mean(0)
+    return (grad - y.float().exp() * lanes_sum(grad)[..., None]).to(dtype)
+
+
+@canary("layer_norm_backward", M=9, K=129)
+def the_first_rows_of_a_gradient_run_another_body(grad, x, n, mean, rstd, w):
+    g, x, mean, rstd, w = (t.float() for t in (grad, x, mean, rstd, w))
+    g, y = g * w, (x - mean) * rstd
+
+    def body(rows, lanes):
+        shift, slope = (lanes_sum(t[rows], lanes)[..., None] / x.shape[-1] for t in (g, g * y))
+        return (g[rows] - shift - y[rows] * slope) * rstd[rows]
+
+    return torch.cat([body(slice(4), 16), body(slice(4, None), 8)]).to(grad.dtype)
+
+
 def attend(q, k, v, mask, causal, scale, *, hide=float("-inf"), total=lanes_sum):
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, 1).float() for t in (k, v))

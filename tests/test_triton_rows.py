@@ -21,6 +21,7 @@ from triton_set_up import (
     views,
 )
 
+from bicompile import registry, testing
 from bicompile.kernels.common.trees import row_shape
 from bicompile.kernels.norm import gpu as norm
 from bicompile.kernels.reduce import gpu as reduce
@@ -59,8 +60,17 @@ ROW_OPS = {
     "layer_norm": lambda x, **s: norm.layer_norm(x, 1, *_weights(x), 1e-5, **s),
     "rms_norm": lambda x, **s: norm.rms_norm(x, 1, _weights(x)[0], 1e-6, 0.0, True, **s),
     "rms_norm_offset": lambda x, **s: norm.rms_norm(x, 1, _weights(x)[0], 1e-6, 1.0, False, **s),
+    "softmax_backward": lambda x, **s: softmax.softmax_backward(x, x * 0.5, 1, x.dtype, **s),
+    "log_softmax_backward": lambda x, **s: softmax.log_softmax_backward(x, x, 1, x.dtype, **s),
+    "layer_norm_backward": lambda x, **s: norm.layer_norm_backward(
+        x, x * x, 1, x[:, :1], x[:, -1:], _weights(x)[0], **s
+    ),
+    "rms_norm_backward": lambda x, **s: norm.layer_norm_backward(
+        x, x * x, 1, None, x[:, -1:], None, **s
+    ),
 }
 ROW_SIZES = (7, 300, 4100) if INTERPRET else (1, 5, 33, 256, 576, 1000, 4096, 4097, 12289)
+REPRESENTATIVES = ("sum", "var_mean", "softmax", "layer_norm", "layer_norm_backward")
 ROW_COUNT = 5 if INTERPRET else 33
 
 
@@ -68,7 +78,7 @@ ROW_COUNT = 5 if INTERPRET else 33
 @pytest.mark.parametrize("k", ROW_SIZES)
 @pytest.mark.parametrize("op", ROW_OPS)
 def test_a_row_does_not_see_its_batch(op, k):
-    if INTERPRET and k > 300 and op not in ("sum", "var_mean", "softmax", "layer_norm"):
+    if INTERPRET and k > 300 and op not in REPRESENTATIVES:
         pytest.skip("one of each kind is enough for the slow interpreter")
     for dtype in DTYPES[1:] if INTERPRET else DTYPES:
         f, x = ROW_OPS[op], randn(ROW_COUNT, k, dtype=dtype)
@@ -165,6 +175,24 @@ def test_group_norm():
              whole)  # fmt: skip
         want = torch.nn.functional.group_norm(x.double(), groups, w.double(), b.double())
         torch.testing.assert_close(whole[0].double(), want, rtol=1e-4, atol=1e-5)
+
+
+@law
+def test_gradients_are_those_of_the_reference():
+    """Of every op and case of their contracts, with and without weights and means."""
+    sizes = {"B": 2, "M": 3, "N": 3, "K": 70, "K1": 5, "K2": 7, "C": 3}
+    for name, kernel in registry.load_all().items():
+        family = {"softmax": softmax, "norm": norm}.get(kernel.family)
+        if family is not None and name.endswith("_backward"):
+            for case in kernel.contract.cases:
+                for absent in ((), [a.name for a in case.inputs if a.optional]):
+                    given = {"absent": tuple(absent), "device": DEVICE}
+                    sample = testing.make_sample(kernel, case, FULL, sizes, **given)
+                    double = {n: t if t is None else t.double() for n, t in sample.tensors.items()}
+                    want = sample.run(kernel.reference, double)
+                    found = sample.run(getattr(family, name))
+                    scale = want.abs().max()
+                    torch.testing.assert_close(found.double() / scale, want / scale)
 
 
 @law

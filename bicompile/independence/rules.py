@@ -100,12 +100,13 @@ _OURS: tuple[tuple[Callable[..., Any], str], ...] = (
     (combining.attention, "sdpa sdpa_visible"),
     (combining.visible_range, "visible_range"),
     (combining.reduced, "sum mean prod var std var_mean logsumexp norm"),
-    (combining.along, "softmax log_softmax cumsum cumprod logcumsumexp"),
+    (combining.along, "softmax log_softmax softmax_backward log_softmax_backward"),
+    (combining.along, "cumsum cumprod logcumsumexp"),
     (combining.chosen_along, "topk"),
     (indexing.gathered, "log_softmax_gather"),
     (indexing.added_by_row, "index_add"),
-    (combining.normalised, "layer_norm rms_norm"),
-    (combining.group_norm, "group_norm"),
+    (combining.normalised, "layer_norm rms_norm layer_norm_backward"),
+    (combining.group_norm, "group_norm group_norm_backward"),
     (combining.spatial, "convolution"),
 )
 

@@ -96,6 +96,7 @@ def make_sample(
     generator = torch.Generator().manual_seed(seed)
     sizes = dict(sizes)
     if isinstance(groups := case.params.get("groups"), int):
+        sizes["G"] = groups
         sizes["C"] = sizes["C"] * groups
     for window in case.windows.values():
         sizes[window.image] = max(sizes[window.image], window.least(sizes[window.taps]))

@@ -108,6 +108,29 @@ double lane_sum(const T* x, int64_t K, const F& step) {
   return tree(acc, [](double a, double b) { return a + b; });
 }
 
+// Calls f(k, n) for each block of n <= 16 elements; whole blocks with the constant 16.
+template <class F>
+BIC_INLINE void blocks(int64_t K, const F& f) {
+  int64_t k = 0;
+  for (; k + W <= K; k += W) f(k, W);
+  if (k < K) f(k, K - k);
+}
+
+template <class T>
+BIC_INLINE f32x16 load_block(const T* p, int64_t n) { return n == W ? load(p) : load(p, n); }
+template <class T>
+BIC_INLINE void store_block(T* p, f32x16 v, int64_t n) { n == W ? store(p, v) : store(p, v, n); }
+
+// Sum over k of term(k, n), n <= 16 terms from k on, in the same order.
+template <class F>
+double lane_sum(int64_t K, const F& term) {
+  f64x16 acc = wide(0.0);
+  int64_t k = 0;
+  for (; k + W <= K; k += W) acc = acc + term(k, W);
+  if (k < K) acc = first(K - k, acc + term(k, K - k), acc);
+  return tree(acc, [](double a, double b) { return a + b; });
+}
+
 }  // namespace bic::simd
 
 #endif

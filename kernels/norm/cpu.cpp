@@ -1,4 +1,4 @@
-// layer_norm, rms_norm and group_norm, in the order of kernels/norm.
+// layer_norm, rms_norm and group_norm, and their gradients, in the order of kernels/norm.
 #include "../common/tensor.h"
 #include "rows.h"
 
@@ -161,12 +161,85 @@ std::tuple<Tensor, Tensor, Tensor> group_norm(const Tensor& input_, std::optiona
   return {out, mean, rstd};
 }
 
+// ---- gradients with respect to the input: rstd * ((g - mean(g)) - y * mean(g * y)), in double,
+// where g = grad * weight and y = (x - mean) * rstd; without a mean (rms_norm) no mean(g) is taken
+
+struct Gradient {
+  const float *grad, *x, *weight;  // weight may be null
+  double mean, rstd;
+  bool centred;
+
+  BIC_INLINE f64x16 g(int64_t k, int64_t n) const {
+    const f64x16 v = wide(load_block(grad + k, n));
+    return weight ? v * wide(load_block(weight + k, n)) : v;
+  }
+  BIC_INLINE f64x16 y(int64_t k, int64_t n) const {
+    return (wide(load_block(x + k, n)) - wide(mean)) * wide(rstd);
+  }
+
+  void write(int64_t K, float* out) const {
+    const double mean_g =
+        centred ? lane_sum(K, [&](int64_t k, int64_t n) { return g(k, n); }) / K : 0.0;
+    const double mean_gy =
+        lane_sum(K, [&](int64_t k, int64_t n) { return g(k, n) * y(k, n); }) / K;
+    const f64x16 shift = wide(mean_g), slope = wide(mean_gy);
+    blocks(K, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+      store_block(out + k, narrow(((g(k, n) - shift) - y(k, n) * slope) * wide(rstd)), n);
+    });
+  }
+};
+
+Tensor layer_norm_backward(const Tensor& grad, const Tensor& input, int64_t ndim,
+                           std::optional<Tensor> mean, const Tensor& rstd,
+                           std::optional<Tensor> weight) {
+  const Split split = split_last(input, ndim, true), grads = split_last(grad, ndim, true);
+  const Floats w(weight), means(mean), rstds(rstd);
+  Tensor out = empty(input, sizes(input));
+  const OutputRows to(out, split.reduced.numel());
+  parallel(split.kept.numel(), 8 * to.K, [&](int64_t begin, int64_t end) {
+    const Rows<float> x(input, split.kept, split.reduced), g(grad, grads.kept, grads.reduced);
+    const Scratch<float> buffer(to.K);
+    for (int64_t i = begin; i < end; i++) {
+      Gradient{g[i], x[i], w, means ? means[i] : 0.0, rstds[i], means != nullptr}.write(to.K, buffer);
+      to.write(i, buffer);
+    }
+  });
+  return out;
+}
+
+Tensor group_norm_backward(const Tensor& grad_, const Tensor& input_, const Tensor& mean,
+                           const Tensor& rstd, std::optional<Tensor> weight, int64_t groups) {
+  const Tensor input = torch::stable::contiguous(input_), grad = torch::stable::contiguous(grad_);
+  const Floats w(weight), means(mean), rstds(rstd);
+  const int64_t N = input.size(0), channels = input.size(1) / groups;
+  int64_t S = 1;
+  for (int64_t d = 2; d < input.dim(); d++) S *= input.size(d);
+  Tensor out = empty(input, sizes(input));
+  const OutputRows to(out, channels * S);
+  Axes kept, row;
+  kept.add(N * groups, to.K);
+  row.add(to.K, 1);
+  parallel(N * groups, 8 * to.K, [&](int64_t begin, int64_t end) {
+    const Rows<float> x(input, kept, row), g(grad, kept, row);
+    const Scratch<float> buffer(to.K), scale(w ? to.K : 0);
+    for (int64_t i = begin; i < end; i++) {
+      for (int64_t k = 0; w && k < to.K; k++) scale[k] = w[i % groups * channels + k / S];
+      const float* const weights = w ? (float*)scale : nullptr;
+      Gradient{g[i], x[i], weights, means[i], rstds[i], true}.write(to.K, buffer);
+      to.write(i, buffer);
+    }
+  });
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bicompile, CPU, m) {
   m.impl("layer_norm", TORCH_BOX(&layer_norm));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("group_norm", TORCH_BOX(&group_norm));
+  m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward));
+  m.impl("group_norm_backward", TORCH_BOX(&group_norm_backward));
 }
 
 }  // namespace bic::simd

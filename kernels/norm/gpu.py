@@ -1,4 +1,4 @@
-"""Triton kernels of layer_norm, rms_norm and group_norm: sums in the order of `trees`."""
+"""Triton kernels of the norms and their gradients: sums in the order of `trees`."""
 
 import math
 
@@ -10,7 +10,9 @@ from bicompile.kernels.common.launch import after_others
 from bicompile.kernels.common.trees import (
     BLOCK,
     block_sum,
+    fold_rows,
     load_terms,
+    pair_tree,
     positions,
     rsqrt,
     strides,
@@ -171,3 +173,82 @@ def rms_norm(input, normalized_ndim, weight, eps, offset, round_first, chosen=No
             ROUND_FIRST=bool(round_first), ONE=x.shape[1] <= BLOCK, family="norm", chosen=chosen,
         )  # fmt: skip
     return out
+
+
+@triton.jit
+def _graded(
+    G, X, W, g_row, x_row, there, r, k, K, gk, xk, mean, rstd, GROUPS, CHANNELS, SPATIAL,
+    HAS_W: tl.constexpr,
+):  # fmt: skip
+    """grad * weight and the normalised input, fp64."""
+    g = load_terms(G, g_row, there, k, K, gk, 0.0).to(tl.float64)
+    x = load_terms(X, x_row, there, k, K, xk, 0.0).to(tl.float64)
+    if HAS_W:
+        channel = (r % GROUPS * CHANNELS)[:, None, None] + k // SPATIAL
+        g = g * tl.load(W + channel, mask=there & (k < K), other=0.0).to(tl.float64)
+    return g, tl.where(there & (k < K), (x - mean) * rstd, 0.0)
+
+
+@triton.jit(do_not_specialize=["M"])
+def norm_backward_kernel(
+    G, X, MEAN, RSTD, W, OUT, M, K, gm, gk, xm, xk, GROUPS, CHANNELS, SPATIAL,
+    HAS_W: tl.constexpr, CENTRED: tl.constexpr,
+    R: tl.constexpr, J: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """rstd * ((g - mean(g)) - y * mean(g * y)), g: grad * weight, y: the normalised input."""
+    after_others(PDL)
+    r, here, g_row, there = rows_of(M, gm, R)
+    x_row = (r * xm)[:, None, None]
+    at = positions(J, L)
+    rstd = tl.load(RSTD + r, mask=here, other=0.0).to(tl.float64)[:, None, None]
+    mean = tl.zeros([R, 1, 1], tl.float64)
+    if CENTRED:
+        mean = tl.load(MEAN + r, mask=here, other=0.0).to(tl.float64)[:, None, None]
+    sum_g, sum_gy = tl.zeros([R, L], tl.float64), tl.zeros([R, L], tl.float64)
+    for k0 in range(0, K, J * L):
+        g, y = _graded(
+            G, X, W, g_row, x_row, there, r, k0 + at, K, gk, xk, mean, rstd,
+            GROUPS, CHANNELS, SPATIAL, HAS_W,
+        )  # fmt: skip
+        if CENTRED:
+            sum_g += fold_rows(g, R, J, L)
+        sum_gy += fold_rows(g * y, R, J, L)
+    shift = (pair_tree(sum_g, R, L) / K)[:, None, None]
+    slope = (pair_tree(sum_gy, R, L) / K)[:, None, None]
+    out = OUT + (r * K)[:, None, None]
+    for k0 in range(0, K, J * L):
+        k = k0 + at
+        g, y = _graded(
+            G, X, W, g_row, x_row, there, r, k, K, gk, xk, mean, rstd,
+            GROUPS, CHANNELS, SPATIAL, HAS_W,
+        )  # fmt: skip
+        d = ((g - shift) - y * slope) * rstd
+        tl.store(out + k, d.to(tl.float32).to(OUT.dtype.element_ty), mask=there & (k < K))
+
+
+def _input_gradient(grad, input, mean, rstd, weight, rows, groups, channels, spatial, chosen):
+    out = torch.empty(input.shape, dtype=input.dtype, device=input.device)
+    if out.numel():
+        g, x = grad.reshape(rows, -1), input.reshape(rows, -1)
+        launch_rows(
+            norm_backward_kernel, g, x, _flat(mean, x), _flat(rstd, x), _flat(weight, x), out,
+            *g.shape, *strides(g), *strides(x), groups, channels, spatial,
+            HAS_W=weight is not None, CENTRED=mean is not None, family="norm", chosen=chosen,
+        )  # fmt: skip
+    return out
+
+
+def layer_norm_backward(grad, input, normalized_ndim, mean, rstd, weight, chosen=None):
+    """The gradient of layer_norm with respect to its input; of rms_norm without a mean."""
+    x, _ = _split(input, normalized_ndim)
+    return _input_gradient(grad, input, mean, rstd, weight, x.shape[0], 1, x.shape[1], 1, chosen)
+
+
+def group_norm_backward(grad, input, mean, rstd, weight, groups, chosen=None):
+    """The gradient of group_norm with respect to its input."""
+    n, c = input.shape[:2]
+    spatial = max(math.prod(input.shape[2:]), 1)
+    size = c // groups
+    return _input_gradient(
+        grad, input, mean, rstd, weight, n * groups, groups, size, spatial, chosen
+    )

@@ -47,6 +47,30 @@ def group_norm_reference(input, weight, bias, groups, eps):
     return out.reshape(input.shape), mean, rstd
 
 
+def _input_gradient(grad, input, mean, rstd, weight, dim):
+    g = grad if weight is None else grad * weight
+    y = (input if mean is None else input - mean) * rstd
+    out = g - y * (g * y).mean(dim, keepdim=True)
+    return (out if mean is None else out - g.mean(dim, keepdim=True)) * rstd
+
+
+def layer_norm_backward_reference(grad, input, normalized_ndim, mean, rstd, weight):
+    """`rstd * (g - mean(g) - y * mean(g * y))`: `g = grad * weight`, `y = (input - mean) * rstd`.
+
+    Without a mean, as in rms_norm, there is no `mean(g)`.
+    """
+    return _input_gradient(grad, input, mean, rstd, weight, tuple(range(-normalized_ndim, 0)))
+
+
+def group_norm_backward_reference(grad, input, mean, rstd, weight, groups):
+    """The same over each group of channels of a sample."""
+    c = input.shape[1]
+    g, x = (t.flatten(2).unflatten(1, (groups, c // groups)) for t in (grad, input))
+    weight = None if weight is None else weight.reshape(groups, -1, 1)
+    out = _input_gradient(g, x, mean[..., None, None], rstd[..., None, None], weight, (2, 3))
+    return out.reshape(input.shape)
+
+
 def _layer_norm_fake(input, normalized_ndim, weight, bias, eps):
     stats = [*input.shape[: input.dim() - normalized_ndim], *[1] * normalized_ndim]
     mean = input.new_empty(stats, dtype=torch.float32)
@@ -60,6 +84,14 @@ def _rms_norm_fake(input, normalized_ndim, weight, eps, offset, round_first):
 def _group_norm_fake(input, weight, bias, groups, eps):
     mean = input.new_empty((input.shape[0], groups), dtype=torch.float32)
     return input.new_empty(input.shape), mean, torch.empty_like(mean)
+
+
+def _layer_norm_backward_fake(grad, input, normalized_ndim, mean, rstd, weight):
+    return input.new_empty(input.shape)
+
+
+def _group_norm_backward_fake(grad, input, mean, rstd, weight, groups):
+    return input.new_empty(input.shape)
 
 
 def _eager_layer_norm(input, normalized_ndim, weight, bias, eps):
@@ -83,6 +115,25 @@ def _eager_group_norm(input, weight, bias, groups, eps):
     b, c = input.shape[:2]
     size = input[0, 0].numel()
     return torch.native_group_norm(input.contiguous(), weight, bias, b, c, size, groups, eps)
+
+
+def _eager_layer_norm_backward(grad, input, normalized_ndim, mean, rstd, weight):
+    if mean is None:
+        wide = (None if t is None else t.float() for t in (grad, input, rstd, weight))
+        g, x, r, w = wide
+        dim = tuple(range(-normalized_ndim, 0))
+        return _input_gradient(g, x, None, r, w, dim).to(input.dtype)
+    shape = input.shape[-normalized_ndim:]
+    only_input = [True, False, False]
+    args = (grad, input, shape, mean, rstd, weight, None, only_input)
+    return torch.ops.aten.native_layer_norm_backward(*args)[0]
+
+
+def _eager_group_norm_backward(grad, input, mean, rstd, weight, groups):
+    b, c = input.shape[:2]
+    size = input[0, 0].numel()
+    args = (grad, input, mean, rstd, weight, b, c, size, groups, [True, False, False])
+    return torch.ops.aten.native_group_norm_backward(*args)[0]
 
 
 layer_norm = register(
@@ -156,5 +207,57 @@ group_norm = register(
         eager=_eager_group_norm,
         order=ORDER + " over the channels and positions of a group",
         fake=_group_norm_fake,
+    )
+)
+
+BACKWARD_ORDER = "means of g and g * y over the row in the lanes of the reduce family; in double"
+
+layer_norm_backward = register(
+    Kernel(
+        name="layer_norm_backward",
+        schema="(Tensor grad, Tensor input, int normalized_ndim, Tensor? mean, Tensor rstd,"
+        " Tensor? weight) -> Tensor",
+        contract=Contract(
+            (
+                Case(
+                    "grad: M K, input: M K, mean?: M 1, rstd: M 1, weight?: K -> M K",
+                    {"normalized_ndim": 1},
+                ),
+                Case(
+                    "grad: B M K1 K2, input: B M K1 K2, mean?: B M 1 1, rstd: B M 1 1,"
+                    " weight?: K1 K2 -> B M K1 K2",
+                    {"normalized_ndim": 2},
+                ),
+            )
+        ),
+        reference=layer_norm_backward_reference,
+        eager=_eager_layer_norm_backward,
+        order=BACKWARD_ORDER,
+        fake=_layer_norm_backward_fake,
+    )
+)
+
+group_norm_backward = register(
+    Kernel(
+        name="group_norm_backward",
+        schema="(Tensor grad, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, int groups)"
+        " -> Tensor",
+        contract=Contract(
+            (
+                Case(
+                    "grad: B C K, input: B C K, mean: B G, rstd: B G, weight?: C -> B C K",
+                    {"groups": 2},
+                ),
+                Case(
+                    "grad: B C K1 K2, input: B C K1 K2, mean: B G, rstd: B G, weight?: C"
+                    " -> B C K1 K2",
+                    {"groups": 1},
+                ),
+            )
+        ),
+        reference=group_norm_backward_reference,
+        eager=_eager_group_norm_backward,
+        order=BACKWARD_ORDER,
+        fake=_group_norm_backward_fake,
     )
 )

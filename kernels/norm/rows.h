@@ -1,4 +1,4 @@
-// Rows of rms_norm, as blocks of 16 elements; used by the norms and by what begins with one.
+// Rows of rms_norm; used by the norms and by what begins with one.
 #ifndef BICOMPILE_NORM_ROWS_H
 #define BICOMPILE_NORM_ROWS_H
 
@@ -7,19 +7,6 @@
 #include "../common/wide.h"
 
 namespace bic::simd {
-
-// Calls f(k, n) for each block of n <= 16 elements; whole blocks with the constant 16.
-template <class F>
-BIC_INLINE void blocks(int64_t K, const F& f) {
-  int64_t k = 0;
-  for (; k + W <= K; k += W) f(k, W);
-  if (k < K) f(k, K - k);
-}
-
-template <class T>
-BIC_INLINE f32x16 load_block(const T* p, int64_t n) { return n == W ? load(p) : load(p, n); }
-template <class T>
-BIC_INLINE void store_block(T* p, f32x16 v, int64_t n) { n == W ? store(p, v) : store(p, v, n); }
 
 // The roundings of x.float().pow(2).mean(-1), + eps, rsqrt, x * r, weight.
 template <class T>

@@ -21,6 +21,11 @@ def _group_norm(x, s):
     return gpu.group_norm(x[:, None], None, None, 1, 1e-5, chosen=s)
 
 
+def _gradient(x, w, s):
+    """Any numbers serve as statistics."""
+    return gpu.layer_norm_backward(x, x, 1, x[:, :1], x[:, -1:], w, chosen=s)
+
+
 OPS = {
     "rms_norm": _rms_norm(0.0, True),
     "rms_norm 1 + w": _rms_norm(1.0, False),
@@ -28,6 +33,7 @@ OPS = {
         lambda x, w, b, s: gpu.layer_norm(x, 1, w, b, 1e-5, chosen=s), weights=2, quick=True
     ),
     "group_norm": Op(_group_norm),
+    "layer_norm gradient": Op(_gradient, weights=1),
 }
 
 

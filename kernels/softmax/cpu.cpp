@@ -1,4 +1,4 @@
-// softmax and log_softmax over one axis, in the order of kernels/softmax.
+// softmax and log_softmax over one axis, and their gradients, in the order of kernels/softmax.
 #include "../common/tensor.h"
 #include "../common/wide.h"
 
@@ -53,47 +53,82 @@ void log_softmax_row(const float* x, int64_t K, float* out) {
   if (k < K) store(out + k, (load(x + k, K - k) - top) - shift, K - k);
 }
 
-// All rows along `dim`; the result is contiguous.
-Tensor over_axis(const Tensor& self, int64_t dim, ScalarType type,
-                 void (*f)(const float*, int64_t, float*)) {
+// grad * y summed over k, rounded to float32: (grad - sum) * y is the gradient.
+void softmax_backward_row(const float* grad, const float* y, int64_t K, float* out) {
+  const f32x16 sum = splat((float)lane_sum(K, [=](int64_t k, int64_t n) {
+    return wide(load_block(grad + k, n)) * wide(load_block(y + k, n));
+  }));
+  blocks(K, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+    store_block(out + k, (load_block(grad + k, n) - sum) * load_block(y + k, n), n);
+  });
+}
+
+void log_softmax_backward_row(const float* grad, const float* y, int64_t K, float* out) {
+  const f32x16 sum = splat((float)lane_sum(K, [=](int64_t k, int64_t n) {
+    return wide(load_block(grad + k, n));
+  }));
+  blocks(K, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+    store_block(out + k, load_block(grad + k, n) - exp(load_block(y + k, n)) * sum, n);
+  });
+}
+
+// A tensor's rows along `dim`.
+Rows<float> rows_along(const Tensor& t, int64_t dim) {
+  Axes kept, row;
+  for (int64_t d = 0; d < t.dim(); d++) (d == dim ? row : kept).add(t.size(d), t.stride(d));
+  return Rows<float>(t, std::move(kept), std::move(row));
+}
+
+// f(rows of the inputs ..., K, row of the result) for all rows along `dim`; it is contiguous.
+template <class F, class... Inputs>
+Tensor over_axis(int64_t dim, ScalarType type, const F& f, const Tensor& self,
+                 const Inputs&... others) {
   Tensor out = empty(self, sizes(self), type);
   if (self.numel() == 0) return out;
   if (dim < 0) dim += self.dim();
-  Axes kept, row, out_kept;
+  Axes out_kept;
   int64_t stride = self.numel(), step = 1;
   for (int64_t d = 0; d < self.dim(); d++) {
     stride /= self.size(d);
     if (d == dim) step = stride;
-    (d == dim ? row : kept).add(self.size(d), self.stride(d));
-    if (d != dim) out_kept.add(self.size(d), stride);
+    else out_kept.add(self.size(d), stride);
   }
-  const int64_t K = row.numel();
+  const int64_t K = self.dim() ? self.size(dim) : 1;
   const bool in_place = step == 1 && type == ScalarType::Float;
   void* const base = out.mutable_data_ptr();
-  parallel(kept.numel(), 8 * K, [&](int64_t begin, int64_t end) {
-    const Rows<float> rows(self, kept, row);
-    const Scratch<float> buffer(in_place ? 0 : K);
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t at = out_kept.offset(i);
-      float* y = in_place ? static_cast<float*>(base) + at : buffer;
-      f(rows[i], K, y);
-      if (in_place) continue;
-      dispatch(type, [&](auto t) {
-        using T = decltype(t);
-        T* to = static_cast<T*>(base) + at;
-        if (step == 1) convert(y, K, to);
-        else for (int64_t k = 0; k < K; k++) to[k * step] = from_float<T>(y[k]);
-      });
-    }
+  parallel(out_kept.numel(), 8 * K, [&](int64_t begin, int64_t end) {
+    const auto run = [&](const auto&... rows) {
+      const Scratch<float> buffer(in_place ? 0 : K);
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t at = out_kept.offset(i);
+        float* y = in_place ? static_cast<float*>(base) + at : buffer;
+        f(rows[i]..., K, y);
+        if (in_place) continue;
+        dispatch(type, [&](auto t) {
+          using T = decltype(t);
+          T* to = static_cast<T*>(base) + at;
+          if (step == 1) convert(y, K, to);
+          else for (int64_t k = 0; k < K; k++) to[k * step] = from_float<T>(y[k]);
+        });
+      }
+    };
+    run(rows_along(self, dim), rows_along(others, dim)...);
   });
   return out;
 }
 
 Tensor softmax(const Tensor& self, int64_t dim, ScalarType type) {
-  return over_axis(self, dim, type, softmax_row);
+  return over_axis(dim, type, softmax_row, self);
 }
 Tensor log_softmax(const Tensor& self, int64_t dim, ScalarType type) {
-  return over_axis(self, dim, type, log_softmax_row);
+  return over_axis(dim, type, log_softmax_row, self);
+}
+Tensor softmax_backward(const Tensor& grad, const Tensor& output, int64_t dim, ScalarType type) {
+  return over_axis(dim, type, softmax_backward_row, grad, output);
+}
+Tensor log_softmax_backward(const Tensor& grad, const Tensor& output, int64_t dim,
+                            ScalarType type) {
+  return over_axis(dim, type, log_softmax_backward_row, grad, output);
 }
 
 float log_of(float x) {
@@ -158,6 +193,8 @@ STABLE_TORCH_LIBRARY_IMPL(bicompile, CPU, m) {
   m.impl("softmax", TORCH_BOX(&softmax));
   m.impl("log_softmax", TORCH_BOX(&log_softmax));
   m.impl("log_softmax_gather", TORCH_BOX(&log_softmax_gather));
+  m.impl("softmax_backward", TORCH_BOX(&softmax_backward));
+  m.impl("log_softmax_backward", TORCH_BOX(&log_softmax_backward));
 }
 
 }  // namespace bic::simd

@@ -1,4 +1,4 @@
-"""Triton kernels of the softmax family: exact maximum, the sum in the order of `trees`."""
+"""Triton kernels of the softmax family: exact maximum, the sums in the order of `trees`."""
 
 import torch
 import triton
@@ -10,8 +10,10 @@ from bicompile.kernels.common.trees import (
     block_max,
     block_sum,
     exp,
+    fold_rows,
     load_terms,
     log,
+    pair_tree,
     positions,
     strides,
 )
@@ -115,3 +117,54 @@ def log_softmax_gather(self, dim, index, dtype, chosen=None):
             *strides(at), family="softmax", chosen=chosen,
         )  # fmt: skip
     return out.movedim(-1, dim).contiguous()
+
+
+@triton.jit(do_not_specialize=["M"])
+def softmax_backward_kernel(
+    G, Y, OUT, M, K, gm, gk, ym, yk,
+    LOG: tl.constexpr, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """R rows: the sum, then the elements."""
+    after_others(PDL)
+    r, _, g_row, there = rows_of(M, gm, R)
+    y_row = (r * ym)[:, None, None]
+    at = positions(J, L)
+    acc = tl.zeros([R, L], tl.float64)
+    for k0 in range(0, K, J * L):
+        g = load_terms(G, g_row, there, k0 + at, K, gk, 0.0).to(tl.float64)
+        if not LOG:
+            g = g * load_terms(Y, y_row, there, k0 + at, K, yk, 0.0).to(tl.float64)
+        acc += fold_rows(g, R, J, L)
+    total = pair_tree(acc, R, L).to(tl.float32)[:, None, None]
+    out = OUT + (r * K)[:, None, None]
+    for k0 in range(0, K, J * L):
+        k = k0 + at
+        g = load_terms(G, g_row, there, k, K, gk, 0.0)
+        y = load_terms(Y, y_row, there, k, K, yk, 0.0)
+        d = g - exp(y) * total if LOG else (g - total) * y
+        tl.store(out + k, d.to(OUT.dtype.element_ty), mask=there & (k < K))
+
+
+def _backward(grad, output, dim, dtype, is_log, chosen):
+    if grad.ndim == 0:
+        one = (t.reshape(1) for t in (grad, output))
+        return _backward(*one, 0, dtype, is_log, chosen).reshape(())
+    grad, output = grad.movedim(dim, -1), output.movedim(dim, -1)
+    out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
+    if out.numel():
+        g, y = (t.reshape(-1, t.shape[-1]) for t in (grad, output))
+        launch_rows(
+            softmax_backward_kernel, g, y, out, *g.shape, *strides(g), *strides(y), LOG=is_log,
+            family="softmax", chosen=chosen,
+        )  # fmt: skip
+    return out.movedim(-1, dim).contiguous()
+
+
+def softmax_backward(grad, output, dim, dtype, chosen=None):
+    """(grad - sum(grad * output)) * output along dim; contiguous."""
+    return _backward(grad, output, dim, dtype, False, chosen)
+
+
+def log_softmax_backward(grad, output, dim, dtype, chosen=None):
+    """grad - exp(output) * sum(grad) along dim; contiguous."""
+    return _backward(grad, output, dim, dtype, True, chosen)
