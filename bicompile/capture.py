@@ -275,7 +275,6 @@ OWNED = frozenset(
     _softmax _softmax_backward_data _log_softmax _log_softmax_backward_data logsumexp
     sum mean prod var std var_mean norm linalg_vector_norm
     convolution convolution_backward embedding_dense_backward _embedding_bag
-    nll_loss_forward nll_loss_backward nll_loss2d_forward nll_loss2d_backward
     index_add index_put _unsafe_index_put scatter_add scatter_reduce
     upsample_bilinear2d upsample_nearest2d
     """.split()

@@ -124,9 +124,11 @@ class Emit:
     def __init__(self, node: Node) -> None:
         self.node = node
         self.graph = node.graph
+        self.called: list[Any] = []
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Call `target` on nodes and constants."""
+        self.called.append(target)
         with self.graph.inserting_before(self.node):
             new = self.graph.call_function(target, args, kwargs)
         fake_args, fake_kwargs = tree_map(value, (args, kwargs))

@@ -24,6 +24,7 @@ from torch.fx import GraphModule, Node
 from bicompile.errors import BicompileError, UnsupportedDtype
 from bicompile.graph import Emit, constant, describe_call, user_line, value
 from bicompile.passes.rules import Rule, rule_of
+from bicompile.report import Verdict
 
 
 def replace(gm: GraphModule, *, run) -> None:
@@ -33,7 +34,8 @@ def replace(gm: GraphModule, *, run) -> None:
             continue
         if getattr(node.target, "namespace", "") == "bicompile":
             _check_dtype(node, node.target, run)
-            run.decide(node, "captured whole", became=str(node.target))
+            verdict = _verdict([node.target], run)
+            run.decide(node, "captured whole", became=str(node.target), verdict=verdict)
         elif (rule := rule_of(node.target)) is not None and (rule.integers or _is_float(node)):
             _apply(rule, node, run)
 
@@ -56,7 +58,8 @@ def _apply(rule: Rule, node: Node, run) -> None:
         return
     if new is NotImplemented:
         return
-    run.decide(node, rule.kernel.order, became=str(rule.kernel.op))
+    verdict = _verdict(emit.called, run)
+    run.decide(node, rule.kernel.order, became=str(rule.kernel.op), verdict=verdict)
     emit.take_place(new)
 
 
@@ -75,6 +78,13 @@ def _numbers(node: Node) -> tuple[list, dict]:
     args = [constant(a) if n else a for a, n in zip(node.args, places, strict=False)]
     kwargs = {k: constant(a) if k in numbers else a for k, a in node.kwargs.items()}
     return [*args, *node.args[len(args) :]], kwargs
+
+
+def _verdict(called: list[object], run) -> Verdict:
+    """A sum in a backward graph may run over the batch; ops of gradients of rows never do."""
+    ours = [str(op).split(".")[1] for op in called if getattr(op, "namespace", "") == "bicompile"]
+    by_row = all(name.endswith("_backward") for name in ours)
+    return Verdict.INVARIANT if by_row or not run.backward else Verdict.DETERMINISTIC
 
 
 def _check_dtype(node: Node, op: object, run) -> bool:

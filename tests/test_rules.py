@@ -26,6 +26,14 @@ aten = torch.ops.aten
 ours = torch.ops.bicompile
 
 
+def rms_norm_backward(g, t, shape, rstd, w, mask):
+    y = t * rstd
+    return (g * w - y * (g * w * y).mean(-1, keepdim=True)) * rstd, (g * y).sum((0, 1))
+
+
+if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_rms_norm_backward", "CPU"):
+    torch.library.impl("aten::_fused_rms_norm_backward", "CPU")(rms_norm_backward)
+
 V, M, N, B = x(8), x(5, 8), x(8, 6), x(3, 5, 8)
 C1, C2, C3, C4 = x(6), x(3, 5, 5), x(5), x(5, 5)
 PLACES = torch.tensor([3, 1, 3])
@@ -109,6 +117,53 @@ RULE_CASES = {
     aten.median.dim: (lambda t: tuple(torch.median(t, 1)), M),
     aten.median.default: (torch.median, M),
     aten.topk.default: (lambda t: tuple(torch.topk(t, 3)), M),
+    aten._softmax_backward_data.default: (
+        lambda g, y: aten._softmax_backward_data(g, y.softmax(1), 1, torch.float32),
+        B,
+        B,
+    ),
+    aten._log_softmax_backward_data.default: (
+        lambda g, y: aten._log_softmax_backward_data(g, y.log_softmax(-1), -1, torch.float32),
+        B,
+        B,
+    ),
+    aten.native_layer_norm_backward.default: (
+        lambda g, t, m: tuple(
+            aten.native_layer_norm_backward(g, t, [8], m, m, V, V, [True, True, True])
+        ),
+        B,
+        B * 2,
+        x(3, 5, 1),
+    ),
+    aten._fused_rms_norm_backward.default: (
+        lambda g, t, r: tuple(aten._fused_rms_norm_backward(g, t, [8], r, V, [True, True])),
+        B,
+        B * 2,
+        x(3, 5, 1),
+    ),
+    aten.native_group_norm_backward.default: (
+        lambda g, t, m: tuple(
+            aten.native_group_norm_backward(g, t, m, m, C1, 3, 6, 7, 2, [True, True, True])
+        ),
+        x(3, 6, 7),
+        x(3, 6, 7) * 2,
+        x(3, 2),
+    ),
+    aten.native_batch_norm_backward.default: (
+        lambda g, t, m: tuple(
+            aten.native_batch_norm_backward(
+                g, t, C1, None, None, m, m, True, 1e-5, [True, True, True]
+            )
+        ),
+        x(1, 6, 7),
+        x(1, 6, 7) * 2,
+        x(6),
+    ),
+    aten.embedding_dense_backward.default: (
+        lambda g, i: aten.embedding_dense_backward(g, i, 6, 3, False),
+        x(5, 2, 8),
+        torch.tensor([[1, 5], [3, 1], [0, 5], [1, 1], [5, 3]]),
+    ),
     aten._native_batch_norm_legit.no_stats: (nn.InstanceNorm1d(8, affine=True), x(3, 8, 5)),
 }
 

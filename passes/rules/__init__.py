@@ -13,13 +13,22 @@ from collections.abc import Mapping
 
 import torch
 
-from bicompile.passes.rules import convolution, matmul, norm, reduce, scan, scatter, sort
+from bicompile.passes.rules import (
+    convolution,
+    gradients,
+    matmul,
+    norm,
+    reduce,
+    scan,
+    scatter,
+    sort,
+)
 from bicompile.passes.rules.common import KERNELS, Rule
 from bicompile.passes.rules.norm import OVER_THE_BATCH
 
 __all__ = ["OVER_THE_BATCH", "RULES", "Rule", "rule_of"]
 
-_FAMILIES = (matmul, convolution, reduce, norm, scan, sort, scatter)
+_FAMILIES = (matmul, convolution, reduce, norm, scan, sort, scatter, gradients)
 
 RULES: Mapping[torch._ops.OpOverload | str, Rule] = {
     overload: Rule(overload, KERNELS[name], bind, *integers)

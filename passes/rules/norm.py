@@ -44,8 +44,18 @@ def _fused_rms_norm(emit, input, normalized_shape, weight, eps):
     eps = torch.finfo(value(input).dtype).eps if eps is None else float(eps)
     if weight is not None and value(weight).dtype is not value(input).dtype:
         return NotImplemented
-    op = KERNELS["rms_norm"].op
-    return emit(op, input, len(normalized_shape), weight, eps, 0.0, False), None
+    ndim = len(normalized_shape)
+    out = emit(KERNELS["rms_norm"].op, input, ndim, weight, eps, 0.0, False)
+    if not any(user.args[1] == 1 for user in emit.node.users):
+        return out, None
+    # Gradients read the reciprocal root; the op computes it from the same numbers.
+    wide = emit(prims.convert_element_type.default, input, torch.float32)
+    squares = emit(aten.mul.Tensor, wide, wide)
+    rank = value(input).dim()
+    over = list(range(rank - ndim, rank))
+    mean = emit(KERNELS["mean"].op, squares, over, True, torch.float32)
+    rstd = emit(aten.rsqrt.default, emit(aten.add.Tensor, mean, eps))
+    return _as_original(emit, (out, rstd))
 
 
 def _batch_norm_without_stats(emit, input, weight, bias, training, momentum, eps):

@@ -35,12 +35,34 @@ def _on_rows(emit, self, index, source, alpha=1):
     return emit(aten.reshape.default, out, shape)
 
 
+def _one_place_of_each_row(emit, self, dim, index, src):
+    """The gradient of a gather of one element (a loss by class): zeros, and `src` in its place.
+
+    ``where(arange == index, src, 0)``, or None where it is something else.
+    """
+    shape = value(self).shape
+    zeros = self.target is aten.full.default and self.args[1] == 0
+    rows = [d for d in range(len(shape)) if d != dim]
+    fits = zeros and all(
+        statically_known_true(value(t).shape[d] == shape[d]) for t in (index, src) for d in rows
+    )
+    if not fits or not all(statically_known_true(value(t).shape[dim] == 1) for t in (index, src)):
+        return None
+    like = {"dtype": torch.int64, "device": value(self).device, "requires_grad": False}
+    length = size(emit, self, dim, shape[dim])
+    place = emit(prims.iota.default, length, start=0, step=1, **like)
+    place = emit(aten.reshape.default, place, [-1 if d == dim else 1 for d in range(len(shape))])
+    return emit(aten.where.self, emit(aten.eq.Tensor, place, index), src, self)
+
+
 def _scatter_add(emit, self, dim, index, src):
     """Every element is a row of one: element (r, s) of [R, S] is row r * S + s."""
     rank = value(self).dim()
     if rank == 0:
         return NotImplemented
     dim %= rank
+    if (one := _one_place_of_each_row(emit, self, dim, index, src)) is not None:
+        return one
     shapes = (value(t).shape for t in (self, index, src))
     for d, (ours, places, theirs) in enumerate(zip(*shapes, strict=True)):
         if not statically_known_true(places == theirs) or (

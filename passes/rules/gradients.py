@@ -1,0 +1,173 @@
+"""Gradients that PyTorch has ops of their own for.
+
+What goes back to an input is a row op like the forward; what goes to a weight or a bias is a sum
+over all rows, by `bicompile::sum` or `bicompile::index_add`, in the order of the rows.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bicompile.errors import BatchStatistics
+from bicompile.graph import describe_call, user_line, value
+from bicompile.passes.rules.common import KERNELS, aten, fill, prims, size
+
+
+def _softmax_backward(name):
+    def bind(emit, grad_output, output, dim, input_dtype):
+        dim %= max(value(output).dim(), 1)
+        return emit(KERNELS[name].op, grad_output, output, dim, input_dtype)
+
+    return bind
+
+
+# ------------------------------------------------------------------------------------------ norms
+
+
+def _as(emit, x, dtype):
+    return x if value(x).dtype is dtype else emit(prims.convert_element_type.default, x, dtype)
+
+
+def _sum(emit, x, dim, dtype):
+    """The sum of float32 terms over all rows, rounded once."""
+    return emit(KERNELS["sum"].op, x, list(dim), False, dtype)
+
+
+def _normalised(emit, input, mean, rstd):
+    """(input - mean) * rstd in float32."""
+    x = _as(emit, input, torch.float32)
+    if mean is not None:
+        x = emit(aten.sub.Tensor, x, _as(emit, mean, torch.float32))
+    return emit(aten.mul.Tensor, x, _as(emit, rstd, torch.float32))
+
+
+def _weight_gradients(emit, grad, normalised, dim, like, wanted):
+    """Gradients of a weight and a bias; None where they are not wanted."""
+    grad = _as(emit, grad, torch.float32)
+    weight = bias = None
+    if wanted[0]:
+        weight = _sum(emit, emit(aten.mul.Tensor, grad, normalised()), dim, like)
+    if wanted[1]:
+        bias = _sum(emit, grad, dim, like)
+    return weight, bias
+
+
+def _layer_norm_backward(
+    emit, grad_out, input, normalized_shape, mean, rstd, weight, bias, output_mask
+):
+    ndim = len(normalized_shape)
+    found = None
+    if output_mask[0]:
+        op = KERNELS["layer_norm_backward"].op
+        found = emit(op, grad_out, input, ndim, mean, rstd, weight)
+    return found, *_weight_gradients(
+        emit,
+        grad_out,
+        lambda: _normalised(emit, input, mean, rstd),
+        range(value(input).dim() - ndim),
+        value(input if weight is None else weight).dtype,
+        output_mask[1:],
+    )
+
+
+def _fused_rms_norm_backward(emit, grad_out, input, normalized_shape, rstd, weight, output_mask):
+    wanted = [*output_mask, False]
+    found = _layer_norm_backward(
+        emit, grad_out, input, normalized_shape, None, rstd, weight, None, wanted
+    )
+    return found[:2]
+
+
+def _group_norm_backward(emit, grad_out, input, mean, rstd, weight, N, C, HxW, group, output_mask):
+    found = None
+    if output_mask[0]:
+        op = KERNELS["group_norm_backward"].op
+        found = emit(op, grad_out, input, mean, rstd, weight, group)
+    grouped = [N, group, -1, HxW]
+
+    def normalised():
+        stats = (emit(aten.reshape.default, t, [N, group, 1, 1]) for t in (mean, rstd))
+        return _normalised(emit, emit(aten.reshape.default, input, grouped), *stats)
+
+    grad = emit(aten.reshape.default, grad_out, grouped)
+    dtype = value(input if weight is None else weight).dtype
+    sums = _weight_gradients(emit, grad, normalised, [0, 3], dtype, output_mask[1:])
+    return found, *(None if t is None else emit(aten.reshape.default, t, [-1]) for t in sums)
+
+
+def _batch_norm_backward(
+    emit, grad_out, input, weight, running_mean, running_var, save_mean, save_invstd, train, eps,
+    output_mask,
+):  # fmt: skip
+    """By running statistics a channel is scaled; in training one sample is as in group_norm."""
+    shape = value(input).shape
+    rank = len(shape)
+    per_channel = [1, -1, *[1] * (rank - 2)]
+    if train:
+        if not (isinstance(shape[0], int) and shape[0] == 1):
+            raise BatchStatistics(
+                op=emit.node.target, given=describe_call(emit.node), line=user_line(emit.node)
+            )
+        sizes = [size(emit, input, d, n) for d, n in enumerate(shape)]
+        flat = emit(aten.reshape.default, input, [sizes[0], sizes[1], -1])
+        length = size(emit, flat, 2, value(flat).shape[2])
+        stats = [emit(aten.reshape.default, t, [1, -1]) for t in (save_mean, save_invstd)]
+        return _group_norm_backward(
+            emit, grad_out, input, *stats, weight, *sizes[:2], length, sizes[1], output_mask
+        )
+    variance = emit(aten.add.Tensor, _as(emit, running_var, torch.float32), eps)
+    rstd = emit(aten.reshape.default, emit(aten.rsqrt.default, variance), per_channel)
+    found = None
+    if output_mask[0]:
+        scale = rstd
+        if weight is not None:
+            factor = emit(aten.reshape.default, _as(emit, weight, torch.float32), per_channel)
+            scale = emit(aten.mul.Tensor, rstd, factor)
+        found = emit(aten.mul.Tensor, _as(emit, grad_out, torch.float32), scale)
+        found = _as(emit, found, value(input).dtype)
+
+    def normalised():
+        return _normalised(emit, input, emit(aten.reshape.default, running_mean, per_channel), rstd)
+
+    dtype = value(input if weight is None else weight).dtype
+    others = [d for d in range(rank) if d != 1]
+    return found, *_weight_gradients(emit, grad_out, normalised, others, dtype, output_mask[1:])
+
+
+# -------------------------------------------------------------------------------------- embedding
+
+
+def _embedding_dense_backward(
+    emit, grad_output, indices, num_weights, padding_idx, scale_grad_by_freq
+):
+    """Rows of the gradient, added to the rows of the table that they came from."""
+    if scale_grad_by_freq:
+        return NotImplemented
+    like = value(grad_output)
+    width = size(emit, grad_output, like.dim() - 1, like.shape[-1])
+    rows = emit(aten.reshape.default, grad_output, [-1, width])
+    index = emit(aten.reshape.default, indices, [-1])
+    if not (isinstance(padding_idx, int) and padding_idx < 0):
+        padding = emit(aten.unsqueeze.default, emit(aten.eq.Scalar, index, padding_idx), 1)
+        rows = fill(emit, rows, padding, 0.0)
+    start = emit(aten.full.default, [num_weights, width], 0.0, dtype=like.dtype, device=like.device)
+    return emit(KERNELS["index_add"].op, start, index, rows, 1.0)
+
+
+RULES = (
+    (
+        aten._softmax_backward_data.default,
+        "softmax_backward",
+        _softmax_backward("softmax_backward"),
+    ),
+    (
+        aten._log_softmax_backward_data.default,
+        "log_softmax_backward",
+        _softmax_backward("log_softmax_backward"),
+    ),
+    (aten.native_layer_norm_backward.default, "layer_norm_backward", _layer_norm_backward),
+    (aten._fused_rms_norm_backward.default, "layer_norm_backward", _fused_rms_norm_backward),
+    (aten.native_group_norm_backward.default, "group_norm_backward", _group_norm_backward),
+    (aten.native_batch_norm_backward.default, "group_norm_backward", _batch_norm_backward),
+    (aten.embedding_dense_backward.default, "index_add", _embedding_dense_backward),
+)
