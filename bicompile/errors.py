@@ -85,7 +85,7 @@ class UnsupportedGradient(BicompileError):
     """A gradient was asked for through an op that has only a forward kernel."""
 
     what = "a gradient needs {op}, which has no invariant backward kernel"
-    accepts = "inference"
+    accepts = "inference, and gradients through the ops of docs/ops.md"
     next = "call the compiled model under torch.no_grad() or torch.inference_mode()"
 
 

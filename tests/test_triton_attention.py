@@ -18,13 +18,16 @@ from triton_set_up import (
     views,
 )
 
+from bicompile import registry
 from bicompile.kernels.attention import gpu as attention
+from bicompile.kernels.attention import gradients
 from bicompile.kernels.attention import schedules as attention_schedules
 from bicompile.kernels.common.launch import capability
 
 LONG = 60 if INTERPRET else 1300
 if INTERPRET:
     attention.CHUNK, attention.TILE, attention.MERGE_ROWS = 32, {2: 16, 4: 16}, 128
+    gradients.TILES = {2: (16, 16), 4: (16, 16)}
 
 
 def _qkv(b, h, hkv, q, s, d, dv, dtype):
@@ -242,3 +245,48 @@ def test_attention_accuracy(dtype):
         exact = _exact(q, k, v, _causal(n, n) if causal else None)
         theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
         no_worse(sdpa(q, k, v, causal=causal, dtype=dtype), theirs, exact)
+
+
+# ------------------------------------------------------------------------------------ gradients
+
+
+def _gradients(q, k, v, mask=None, causal=False):
+    return attention.sdpa_backward(torch.ones_like(q) * q, q, k, v, mask, causal, 0.3)
+
+
+@law
+@pytest.mark.parametrize("dtype", DTYPES[1:] if INTERPRET else DTYPES)
+def test_gradients_obey_the_laws(dtype):
+    n = 18 if INTERPRET else 200
+    q, k, v = (randn(2, h, n, 16, dtype=dtype, seed=h) for h in (2, 1, 1))
+    whole = _gradients(q, k, v, causal=True)
+    visible = torch.ones(n, n, dtype=torch.bool, device=DEVICE).tril()
+    bias = torch.zeros(n, n, dtype=dtype, device=DEVICE).masked_fill(~visible, -INF)
+    for mask in (visible, bias):
+        same(_gradients(q, k, v, mask), whole)
+    same(_gradients(q[1:], k[1:], v[1:], causal=True), tuple(t[1:] for t in whole))
+    views_of = zip(views(q), views(k), views(v), strict=True)
+    for parts in views_of:
+        same(_gradients(*parts, causal=True), whole)
+    rows = slice(7, 16)
+    same(_gradients(q[:, :, rows], k, v, visible[rows])[0], whole[0][:, :, rows])
+    before = 5  # masked keys ahead, with NaN in them
+    wide = [torch.cat([torch.full_like(t[:, :, :before], NAN), t], 2) for t in (k, v)]
+    padded = torch.cat([torch.zeros_like(visible[:, :before]), visible], 1)
+    found = _gradients(q, *wide, padded)
+    same((found[0], *(t[:, :, before:] for t in found[1:])), whole)
+    assert not any(t[:, :, :before].any() for t in found[1:])
+
+
+@law
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_are_as_exact_as_pytorchs(dtype):
+    n = 20 if INTERPRET else 300
+    kernel = registry.load_all()["sdpa_backward"]
+    for groups, causal in ((2, False), (1, True)):
+        q, k, v = (randn(1, h, n, 40, dtype=dtype, seed=h) for h in (2, groups, groups))
+        args = (q, q, k, v, None, causal, 0.2)
+        exact = kernel.reference(*(t.double().cpu() for t in args[:4]), *args[4:])
+        eager = kernel.eager(*args)
+        for ours, theirs, true in zip(attention.sdpa_backward(*args), eager, exact, strict=True):
+            no_worse(ours, theirs, true)

@@ -172,6 +172,21 @@ def attention(call: Call) -> list[Value]:
     return [out if len(s) == out.rank else stats for s in call.shapes]
 
 
+def attention_gradients(call: Call) -> list[Value]:
+    """The queries of a batch entry and head meet its keys, and these meet all of its queries."""
+    query, key, value, grad = (call[n] for n in ("query", "key", "value", "grad"))
+    lead = [
+        join(join(_heads(q, k), _heads(q, v)), g)
+        for q, k, v, g in zip(*(t.axes[:-2] for t in (query, key, value, grad)), strict=True)
+    ]
+    queries, keys = query.axes[-2], join(key.axes[-2], value.axes[-2])
+    mask = call.get("attn_mask")
+    if mask is not None:
+        *lead, queries, keys = broadcast([Value((*lead, queries, keys)), mask], query.rank)
+    call.combined(queries, keys, query.axes[-1], value.axes[-1], how="attends over")
+    return [Value((lead[0], *map(plain, shape[1:]))) for shape in call.shapes]
+
+
 def visible_range(call: Call) -> list[Value]:
     """What a mask shows: one number of a row counts all rows and heads of its batch entry."""
     mask = call["attn_mask"]

@@ -98,6 +98,7 @@ _OURS: tuple[tuple[Callable[..., Any], str], ...] = (
     (combining.by_letters, "mm bmm addmm baddbmm mm_add swiglu qkv_proj"),
     (combining.heads, "qk_norm_rope"),
     (combining.attention, "sdpa sdpa_visible"),
+    (combining.attention_gradients, "sdpa_backward"),
     (combining.visible_range, "visible_range"),
     (combining.reduced, "sum mean prod var std var_mean logsumexp norm"),
     (combining.along, "softmax log_softmax softmax_backward log_softmax_backward"),

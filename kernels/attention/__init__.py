@@ -25,8 +25,21 @@ softmax over tiles of 64 keys (fp32: 32)::
 
 and two chunks are joined by the same factors.  A tile that a row does not see is f = 1 and p = 0.
 
+Gradients (`sdpa_backward`) keep nothing of the forward but its inputs. With `p` the weights divided
+by their sum, and `g` the gradient of the output::
+
+    t[j] = g @ value[j]                              # as a score: two fma chains
+    ds[j] = p[j] * (t[j] - sum(p * t)) * scale       # that sum: one chain over the keys, in double
+    dquery = sum over keys of ds[j] * key[j]         # one chain, from key 0 upwards
+    dkey[j] = sum over rows of ds[j] * query         # one chain: queries rising, the heads that
+    dvalue[j] = sum over rows of p[j] * g            # share a key head innermost
+
+(float32: those three in double, rounded once.)  On a GPU the chains are dots over tiles: of keys,
+counted from the first seen one, and of rows, counted from the first query.
+
 Row law: a row reads its query and the keys and values it sees; no number of queries, length of a
-cache, block of rows or thread takes part.
+cache, block of rows or thread takes part.  The gradients of a key and a value read the queries of
+their own batch row; queries that do not see them, and keys elsewhere, change no bit.
 """
 
 from bicompile.kernels.attention import op

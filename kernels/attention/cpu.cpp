@@ -1,12 +1,8 @@
 // sdpa: whole rows of scores, exact maximum, one chain over the keys: see kernels/attention.
-#include "mask.h"
-#include "products.h"
+#include "backward.h"
 
 namespace bic::simd {
 namespace {
-
-// The weight of a masked key: adds nothing to a sum, and is told from an exp that is 0 by its sign.
-constexpr float kMasked = -0.f;
 
 template <class T>
 class Attention {
@@ -216,8 +212,38 @@ Tensor sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
   return view;
 }
 
+std::tuple<Tensor, Tensor, Tensor> sdpa_backward(const Tensor& grad, const Tensor& query,
+                                                 const Tensor& key, const Tensor& value,
+                                                 std::optional<Tensor> attn_mask, bool is_causal,
+                                                 double scale) {
+  const auto like = [](const Tensor& t) {  // the memory of the forward's output
+    return empty(t, {t.size(0), t.size(2), t.size(1), t.size(3)});
+  };
+  const Tensor dq = like(query), dk = like(key), dv = like(value);
+  if (dq.numel() == 0 || dk.numel() == 0) {  // nothing meets
+    for (const Tensor& t : {dq, dk, dv})
+      dispatch(t.scalar_type(), [&](auto x) {
+        std::fill_n(mutable_data<decltype(x)>(t), t.numel(), from_float<decltype(x)>(0.f));
+      });
+  } else {
+    STD_TORCH_CHECK(key.size(1) > 0 && query.size(1) % key.size(1) == 0,
+                    "sdpa_backward: heads do not fit");
+    const Tensor g = along_last(grad), q = along_last(query), k = along_last(key),
+                 v = along_last(value);
+    const Mask mask(attn_mask, key.size(2));
+    dispatch(query.scalar_type(), [&](auto t) {
+      Gradients<decltype(t)>(g, q, k, v, dq, dk, dv, mask, is_causal, (float)scale).run();
+    });
+  }
+  const auto view = [](const Tensor& t) { return torch::stable::transpose(t, 1, 2); };
+  return {view(dq), view(dk), view(dv)};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(bicompile, CPU, m) { m.impl("sdpa", TORCH_BOX(&sdpa)); }
+STABLE_TORCH_LIBRARY_IMPL(bicompile, CPU, m) {
+  m.impl("sdpa", TORCH_BOX(&sdpa));
+  m.impl("sdpa_backward", TORCH_BOX(&sdpa_backward));
+}
 
 }  // namespace bic::simd

@@ -6,6 +6,9 @@
 
 namespace bic::simd {
 
+// The weight of a masked key: adds nothing to a sum, and is told from an exp that is 0 by its sign.
+constexpr float kMasked = -0.f;
+
 // Keys [begin, end).
 struct Keys {
   int64_t begin, end;
