@@ -140,7 +140,7 @@ def share_visible_ranges(gm: GraphModule, *, run) -> None:
     """On a GPU, find what a mask shows once for all attention nodes that read it."""
     ranges: dict[Node, Node] = {}
     for node in list(gm.graph.find_nodes(op="call_function", target=_SDPA)):
-        query, key, val, mask, is_causal, scale = node.args
+        query, key, val, mask, is_causal, *rest = node.args
         if mask is None or is_causal or value(mask).device.type != "cuda":
             continue
         every_key = statically_known_true(value(mask).shape[-1] == value(key).shape[2])
@@ -149,7 +149,7 @@ def share_visible_ranges(gm: GraphModule, *, run) -> None:
         if mask not in ranges:
             ranges[mask] = Emit(_after(mask))(_RANGE, mask)
         emit = Emit(node)
-        new = emit(_SDPA_VISIBLE, query, key, val, mask, ranges[mask], scale)
+        new = emit(_SDPA_VISIBLE, query, key, val, mask, ranges[mask], *rest)
         run.decide(node, "reads its mask's ranges from a node of their own", became=str(new.target))
         emit.take_place(new)
 

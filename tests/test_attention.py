@@ -35,8 +35,8 @@ class Problem:
         self.visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         self.expected = SDPA(self.q, self.k, self.v, None, True, self.scale)
 
-    def run(self, q, k, v, mask):
-        return SDPA(q, k, v, mask, False, self.scale)
+    def run(self, q, k, v, mask, **options):
+        return SDPA(q, k, v, mask, False, self.scale, **options)
 
 
 lengths = st.sampled_from([1, 2, 15, 16, 17, 63, 64, 65, 100, 129])
@@ -118,6 +118,27 @@ def test_holes_in_the_mask(dtype):
     out = p.run(p.q, p.k, p.v, p.visible & keep)
     without = p.run(p.q, p.k[:, :, keep], p.v[:, :, keep], p.visible[:, keep])
     testing.assert_same_bits(out, without, "holes")
+
+
+@each_device
+@each_dtype
+@given(length=lengths, seed=st.integers(0, 9), data=st.data())
+def test_caps_and_sinks(device, dtype, length, seed, data):
+    """They keep the laws: padding, chunks; and a sink of -inf or a huge cap is none."""
+    p = Problem(dtype, device, length, seed=seed)
+    sinks = torch.randn(4, generator=torch.Generator().manual_seed(seed)).to(device)
+    cap = data.draw(st.sampled_from([0.0, 0.5, 5.0]))
+    whole = SDPA(p.q, p.k, p.v, None, True, p.scale, cap, sinks)
+    start = data.draw(st.integers(0, length - 1))
+    before = data.draw(st.sampled_from([0, 1, 16, 33]))
+    k, v = (torch.nn.functional.pad(t, (0, 0, before, 5), value=math.nan) for t in (p.k, p.v))
+    mask = torch.nn.functional.pad(p.visible[start:], (before, 5))
+    out = p.run(p.q[:, :, start:], k, v, mask, softcap=cap, sinks=sinks)
+    testing.assert_same_bits(out, whole[:, :, start:], f"from {start} on, {before} keys before")
+    none = p.run(p.q, p.k, p.v, p.visible, sinks=torch.full_like(sinks, -torch.inf))
+    testing.assert_same_bits(none, p.expected, "sinks of no weight")
+    blind = p.run(p.q, p.k, p.v, torch.zeros_like(p.visible), softcap=cap, sinks=sinks)
+    assert bool((testing.bits(blind) == 0).all()), "a row that sees its sink alone is 0"
 
 
 @each_device

@@ -230,19 +230,19 @@ def attend(q, k, v, mask, causal, scale, *, hide=float("-inf"), total=lanes_sum)
 
 
 @canary("sdpa", B=2, H=2, Q=9, S=129, D=16)
-def decode_is_another_kernel(q, k, v, mask, causal, scale):
+def decode_is_another_kernel(q, k, v, mask, causal, scale, *plain):
     lanes = 4 if q.shape[2] == 1 else 16
     return attend(q, k, v, mask, causal, scale, total=lambda t: lanes_sum(t, lanes))
 
 
 @canary("sdpa", B=3, H=2, Q=9, S=129, D=16)
-def splits_of_the_keys_follow_the_batch(q, k, v, mask, causal, scale):
+def splits_of_the_keys_follow_the_batch(q, k, v, mask, causal, scale, *plain):
     lanes = 4 * len(q)
     return attend(q, k, v, mask, causal, scale, total=lambda t: lanes_sum(t, lanes))
 
 
 @canary("sdpa", B=3, H=2, Q=16, S=129, D=16)
-def library_attention(q, k, v, mask, causal, scale):
+def library_attention(q, k, v, mask, causal, scale, *plain):
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
 
 

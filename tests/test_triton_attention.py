@@ -10,6 +10,7 @@ from triton_set_up import (
     INF,
     INTERPRET,
     NAN,
+    bits,
     law,
     no_worse,
     randn,
@@ -22,6 +23,7 @@ from bicompile import registry
 from bicompile.kernels.attention import gpu as attention
 from bicompile.kernels.attention import gradients
 from bicompile.kernels.attention import schedules as attention_schedules
+from bicompile.kernels.attention.op import sdpa_reference
 from bicompile.kernels.common.launch import capability
 
 LONG = 60 if INTERPRET else 1300
@@ -198,6 +200,32 @@ def test_attention_masks_of_any_form(dtype):
     rounded = sdpa(q, k, v, ragged, dtype=None)
     assert rounded.dtype == dtype
     same(rounded, whole.to(dtype))
+
+
+@law
+@each_dtype
+def test_caps_and_sinks(dtype):
+    n = LONG // 2
+    q, k, v = _qkv(2, 4, 2, n, n, 24, 40, dtype)
+    sinks = randn(4, dtype=dtype)
+    plain = sdpa(q, k, v, causal=True)
+    for options in ({"sinks": sinks}, {"softcap": 0.5, "sinks": sinks}):
+        whole = sdpa(q, k, v, causal=True, **options)
+        assert (bits(whole) != bits(plain)).any()
+        mask = torch.nn.functional.pad(_causal(n, n), (7, 3))
+        a, b = (torch.nn.functional.pad(t, (0, 0, 7, 3), value=NAN) for t in (k, v))
+        for split in (False, True):
+            same(sdpa(q, k, v, causal=True, split=split, **options), whole)
+            same(
+                sdpa(q[1:, :, 5:], a[1:], b[1:], mask[5:], split=split, **options), whole[1:, :, 5:]
+            )
+        exact = sdpa_reference(
+            *(t.double().cpu() for t in (q, k, v)), None, True, 24**-0.5,
+            options.get("softcap", 0.0), sinks.cpu() if "sinks" in options else None,
+        )  # fmt: skip
+        torch.testing.assert_close(whole.double().cpu(), exact, rtol=2e-2, atol=2e-2)
+    same(sdpa(q, k, v, causal=True, sinks=torch.full_like(sinks, -INF)), plain)
+    assert (sdpa(q, k[:, :, :0], v[:, :, :0], sinks=sinks) == 0).all()
 
 
 @law

@@ -72,6 +72,8 @@ def test_attention_compiles(compiled, rows, dtype):
 
     q, k = (torch.zeros(1, h, n, 80, dtype=dtype) for h, n in ((4, rows), (2, 64)))
     gpu.sdpa(q, k, k[..., :48], None, rows > 1, -0.125, split=rows == 1)
+    capped = {"softcap": 50.0, "sinks": torch.zeros(4, dtype=dtype)}
+    gpu.sdpa(q, k, k, None, rows > 1, 0.125, **capped, split=rows == 1)
     assert {"attention_kernel"} <= set(compiled) <= {"attention_kernel", "merge_kernel"}
 
 

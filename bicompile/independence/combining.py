@@ -159,9 +159,11 @@ def attention(call: Call) -> list[Value]:
         for q, k, v in zip(query.axes[:-2], key.axes[:-2], value.axes[:-2], strict=True)
     ]
     queries, keys = query.axes[-2], join(key.axes[-2], value.axes[-2])
-    mask = next((call[n] for n in _HIDDEN if call.get(n) is not None), None)
-    if mask is not None:
-        *lead, queries, keys = broadcast([Value((*lead, queries, keys)), mask], query.rank)
+    added = [call[n] for n in _HIDDEN if call.get(n) is not None]
+    if call.get("sinks") is not None:
+        added.append(Value((*call["sinks"].axes, (), ())))
+    if added:
+        *lead, queries, keys = broadcast([Value((*lead, queries, keys)), *added], query.rank)
     call.combined(keys, join(query.axes[-1], key.axes[-1]), how="attends over")
     if call.get("is_causal") and any(f.fixed for f in queries):
         raise Stop(UNDECIDED, "a row meets a number that depends on its place in the batch")

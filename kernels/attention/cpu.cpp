@@ -8,9 +8,9 @@ template <class T>
 class Attention {
  public:
   Attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Mask& mask,
-            bool causal, float scale)
+            bool causal, float scale, float cap, std::vector<float> sinks)
       : q_(data<T>(q)), k_(data<T>(k)), v_(data<T>(v)), out_(mutable_data<T>(out)), mask_(mask),
-        causal_(causal), scale_(scale), B_(q.size(0)), H_(q.size(1)), Q_(q.size(2)), D_(q.size(3)),
+        causal_(causal), scale_(scale), cap_(cap), sinks_(std::move(sinks)), B_(q.size(0)), H_(q.size(1)), Q_(q.size(2)), D_(q.size(3)),
         G_(k.size(1)), S_(k.size(2)), Dv_(v.size(3)), group_(H_ / G_), Dp_(round_up(D_, W)),
         Dvp_(round_up(Dv_, W)) {
     for (int d = 0; d < 4; d++) {
@@ -87,15 +87,16 @@ class Attention {
     }
     const int64_t start = range.begin / kPanel * kPanel;
     const int64_t lds = round_up(range.end - start, kPanel) + W;
-    const Scratch<float> s(r.count * lds), mask(lds);
+    const Scratch<float> s(r.count * lds), mask(lds), sink(r.count);
     raw_scores(r, start, range.end, s, lds);
     for (int64_t i = 0; i < r.count; i++) {
       if (mask_.given() && (i % group_ == 0 || mask_.per_head()))
         mask_.fill(b, r.head(i), r.query(i), start, range.end - start, mask);
       const int64_t end = causal_ ? std::min(range.end, r.query(i) + 1) : range.end;
-      weigh(s + i * lds, lds - W, end - start, mask_.given() ? (float*)mask : nullptr);
+      sink[i] = weigh(s + i * lds, lds - W, end - start, mask_.given() ? (float*)mask : nullptr,
+                      sinks_.empty() ? -INFINITY : sinks_[r.head(i)]);
     }
-    weighted_values(r, range, s + (range.begin - start), lds);
+    weighted_values(r, range, s + (range.begin - start), lds, sink);
   }
 
   // The dot products of all rows with keys [start, end).
@@ -114,13 +115,14 @@ class Attention {
     }
   }
 
-  // Scores to weights exp(s - max), in place; kMasked where a key is not seen.
-  void weigh(float* s, int64_t n, int64_t end, const float* mask) const {
-    const f32x16 scale = splat(scale_), none = splat(-INFINITY);
-    f32x16 top = none;
+  // Scores to weights exp(s - max), in place; kMasked where a key is not seen. The sink's weight.
+  float weigh(float* s, int64_t n, int64_t end, const float* mask, float sink) const {
+    const f32x16 scale = splat(scale_), cap = splat(cap_), none = splat(-INFINITY);
+    f32x16 top = splat(sink);
     for (int64_t j = 0; j < n; j += W) {
       const i32x16 in = first(std::clamp<int64_t>(end - j, 0, W));
       f32x16 x = load(s + j) * scale;
+      if (cap_ != 0.f) x = tanh(x / cap) * cap;
       if (mask) {
         const f32x16 add = load(mask + j);
         x = select(in & (add != none), x + add, none);
@@ -136,9 +138,12 @@ class Attention {
       const f32x16 x = load(s + j);
       store_raw(s + j, select(x == none, splat(kMasked), exp(x - centre)));
     }
+    return sink == -INFINITY ? 0.f : max_lane(exp(splat(sink) - centre));
   }
 
-  void weighted_values(const Rows& r, Keys range, const float* p, int64_t ldp) const {
+  // `sink`: a weight of each row that has no value; comes last into the sum.
+  void weighted_values(const Rows& r, Keys range, const float* p, int64_t ldp,
+                       const float* sink) const {
     constexpr int64_t kKeys = 512;  // values of so many keys stay in the cache for all rows
     const int64_t sums = r.count * (Dvp_ / W);
     const Scratch<float> o(r.count * Dvp_), l(sums);
@@ -147,9 +152,11 @@ class Attention {
     for (int64_t k = range.begin; k < range.end; k += kKeys)
       values(p + (k - range.begin), ldp, r.count, values_at(r.b, r.kh) + k * vs_[2], vs_[2],
              std::min(kKeys, range.end - k), Dv_, o, Dvp_, l);
-    for (int64_t i = 0; i < r.count; i++)
-      if (!write(o + i * Dvp_, l[i], output(r, i)))
-        careful_row(r, i, range, p + i * ldp, l[i], o + i * Dvp_);
+    for (int64_t i = 0; i < r.count; i++) {
+      const float sum = l[i] + sink[i];
+      if (!write(o + i * Dvp_, sum, output(r, i)))
+        careful_row(r, i, range, p + i * ldp, sum, o + i * Dvp_);
+    }
   }
 
   // Divides and rounds a row; false where a value is not finite.
@@ -185,7 +192,8 @@ class Attention {
   T* out_;
   const Mask& mask_;
   bool causal_;
-  float scale_;
+  float scale_, cap_;  // scores beyond the cap are bent to it; 0: there is none
+  std::vector<float> sinks_;
   int64_t B_, H_, Q_, D_, G_, S_, Dv_, group_, Dp_, Dvp_, block_ = 1;
   int64_t qs_[4], ks_[4], vs_[4];
   std::optional<Scratch<float>> packed_;
@@ -195,8 +203,18 @@ Tensor along_last(const Tensor& t) {
   return t.size(3) > 1 && t.stride(3) != 1 ? torch::stable::contiguous(t) : t;
 }
 
+// A number for each head as float32; none where there are no sinks.
+std::vector<float> sink_of_heads(const std::optional<Tensor>& sinks, int64_t heads) {
+  std::vector<float> out;
+  if (!sinks) return out;
+  STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == heads, "sdpa: a sink for each head");
+  const Tensor t = torch::stable::contiguous(torch::stable::to(*sinks, ScalarType::Float));
+  return {data<float>(t), data<float>(t) + heads};
+}
+
 Tensor sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
-            std::optional<Tensor> attn_mask, bool is_causal, double scale) {
+            std::optional<Tensor> attn_mask, bool is_causal, double scale, double softcap,
+            std::optional<Tensor> sinks) {
   const int64_t B = query.size(0), H = query.size(1), Q = query.size(2), Dv = value.size(3);
   STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() &&
                   value.scalar_type() == query.scalar_type(), "sdpa: dtypes differ");
@@ -207,7 +225,8 @@ Tensor sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
   const Tensor k = along_last(key), v = along_last(value);
   const Mask mask(attn_mask, key.size(2));
   dispatch(query.scalar_type(), [&](auto t) {
-    Attention<decltype(t)>(query, k, v, out, mask, is_causal, (float)scale).run();
+    Attention<decltype(t)>(query, k, v, out, mask, is_causal, (float)scale, (float)softcap,
+                           sink_of_heads(sinks, H)).run();
   });
   return view;
 }

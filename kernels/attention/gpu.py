@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from bicompile.kernels.attention.gradients import sdpa_backward as sdpa_backward
 from bicompile.kernels.attention.masks import FAR, NO_KEY, mask_arguments, visible_range
 from bicompile.kernels.attention.schedules import schedule, splits
-from bicompile.kernels.attention.tiles import attend, finish, merge_run, opaque
+from bicompile.kernels.attention.tiles import attend, finish, merge_run, opaque, with_sink
 from bicompile.kernels.common.launch import after_others, capability, is_aligned, launch
 from bicompile.kernels.common.trees import LOG2E, strides
 
@@ -103,13 +103,14 @@ def _write(
 
 @triton.jit
 def _rows(
-    pid, r, Q, K, V, KT, VT, MASK, VISIBLE, OUT, TOP, SUM,
+    pid, r, Q, K, V, KT, VT, MASK, VISIBLE, SINKS, OUT, TOP, SUM,
     BH, Q_LEN, S, TILES, CHUNKS, rb, rh, rq,
-    sqb, sqh, sqm, sqd, skb, skh, sks, skd, svb, svh, svs, svd, smb, smh, smq, sms, scale,
+    sqb, sqh, sqm, sqd, skb, skh, sks, skd, svb, svh, svs, svd, smb, smh, smq, sms, scale, bend,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr,
     DVP: tl.constexpr, R: tl.constexpr, N: tl.constexpr, T: tl.constexpr, PER: tl.constexpr,
     MODE: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, SIGN: tl.constexpr,
-    TMA: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
+    TMA: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, STAGES: tl.constexpr,
+    MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """N of the R rows of a program, from its row r.
 
@@ -136,11 +137,13 @@ def _rows(
         K + b * skb + kh * skh, V + b * svb + kh * svh, KT, VT,
         MASK + b * smb + head * smh + query.to(tl.int64) * smq,
         first, last, plain, b.to(tl.int32), kh.to(tl.int32), anchor, t0, t1, c0, c1, begin, full,
-        low, top, sqd, sks, skd, svs, svd, sms, scale,
-        SIGN, D, DV, DP, DVP, N, T, PER, SPLIT, STAGES, TMA, MASKED, BIAS, CAREFUL,
+        low, top, sqd, sks, skd, svs, svd, sms, scale, bend,
+        SIGN, D, DV, DP, DVP, N, T, PER, SPLIT, STAGES, TMA, MASKED, BIAS, CAREFUL, CAP,
     )  # fmt: skip
     # Found again, not kept: the loop needs all registers.
     b, kh, query0, row, query, g = _places(opaque(pid), r, BH, TILES, Q_LEN, H, G, R, N)
+    if SINK and not SPLIT:
+        l, a = with_sink(m, l, a, SINKS, kh * G + g, row < Q_LEN * G, scale)
     if MODE != "all" and not CAREFUL:
         total = tl.sum(a, 1)  # a test: its bits go nowhere
         wild = (row < Q_LEN * G) & (total - total != 0.0)
@@ -154,49 +157,49 @@ def _rows(
 
 @triton.jit(do_not_specialize=["BH", "Q_LEN", "S", "TILES", "CHUNKS", "rb", "rh", "rq"])
 def attention_kernel(
-    Q, K, V, KT, VT, MASK, VISIBLE, OUT, TOP, SUM,
+    Q, K, V, KT, VT, MASK, VISIBLE, SINKS, OUT, TOP, SUM,
     BH, Q_LEN, S, TILES, CHUNKS, rb, rh, rq,
-    sqb, sqh, sqm, sqd, skb, skh, sks, skd, svb, svh, svs, svd, smb, smh, smq, sms, scale,
+    sqb, sqh, sqm, sqd, skb, skh, sks, skd, svb, svh, svs, svd, smb, smh, smq, sms, scale, bend,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr,
     DVP: tl.constexpr, R: tl.constexpr, T: tl.constexpr, PER: tl.constexpr, MODE: tl.constexpr,
     BIAS: tl.constexpr, SPLIT: tl.constexpr, SIGN: tl.constexpr, TMA: tl.constexpr,
-    PDL: tl.constexpr, STAGES: tl.constexpr,
+    CAP: tl.constexpr, SINK: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of R rows, batch row x key head[, chunk]); what is not done is done again."""
     after_others(PDL)
     pid = tl.program_id(0)
     ok = _rows(
-        pid, 0, Q, K, V, KT, VT, MASK, VISIBLE, OUT, TOP, SUM,
+        pid, 0, Q, K, V, KT, VT, MASK, VISIBLE, SINKS, OUT, TOP, SUM,
         BH, Q_LEN, S, TILES, CHUNKS, rb, rh, rq,
-        sqb, sqh, sqm, sqd, skb, skh, sks, skd, svb, svh, svs, svd, smb, smh, smq, sms, scale,
-        H, G, D, DV, DP, DVP, R, R, T, PER, MODE, BIAS, SPLIT, SIGN, TMA, STAGES,
-        False, False,
+        sqb, sqh, sqm, sqd, skb, skh, sks, skd, svb, svh, svs, svd, smb, smh, smq, sms, scale, bend,
+        H, G, D, DV, DP, DVP, R, R, T, PER, MODE, BIAS, SPLIT, SIGN, TMA, CAP, SINK,
+        STAGES, False, False,
     )  # fmt: skip
     if MODE != "all":
         for r in tl.range(0, tl.where(ok, 0, R), FEW, num_stages=1):
             if MODE == "mask":
                 ok = _rows(
-                    opaque(pid), r, Q, K, V, KT, VT, MASK, VISIBLE, OUT, TOP, SUM,
+                    opaque(pid), r, Q, K, V, KT, VT, MASK, VISIBLE, SINKS, OUT, TOP, SUM,
                     BH, Q_LEN, S, TILES, CHUNKS, rb, rh, rq,
                     sqb, sqh, sqm, sqd, skb, skh, sks, skd, svb, svh, svs, svd, smb, smh, smq, sms,
-                    scale, H, G, D, DV, DP, DVP, R, FEW, T, PER, MODE, BIAS, SPLIT, SIGN, TMA, 2,
-                    True, False,
+                    scale, bend, H, G, D, DV, DP, DVP, R, FEW, T, PER, MODE, BIAS, SPLIT, SIGN, TMA,
+                    CAP, SINK, 2, True, False,
                 )  # fmt: skip
             for _ in tl.range(0, tl.where(ok, 0, 1), num_stages=1):
                 _rows(
-                    opaque(pid), r, Q, K, V, KT, VT, MASK, VISIBLE, OUT, TOP, SUM,
+                    opaque(pid), r, Q, K, V, KT, VT, MASK, VISIBLE, SINKS, OUT, TOP, SUM,
                     BH, Q_LEN, S, TILES, CHUNKS, rb, rh, rq,
                     sqb, sqh, sqm, sqd, skb, skh, sks, skd, svb, svh, svs, svd, smb, smh, smq, sms,
-                    scale, H, G, D, DV, DP, DVP, R, FEW, T, PER, MODE, BIAS, SPLIT, SIGN, False, 1,
-                    MODE == "mask", True,
+                    scale, bend, H, G, D, DV, DP, DVP, R, FEW, T, PER, MODE, BIAS, SPLIT, SIGN,
+                    False, CAP, SINK, 1, MODE == "mask", True,
                 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["ROWS", "Q_LEN", "CHUNKS"])
 def merge_kernel(
-    TOP, SUM, ACC, OUT, ROWS, Q_LEN, CHUNKS, scale, H: tl.constexpr, G: tl.constexpr,
+    TOP, SUM, ACC, SINKS, OUT, ROWS, Q_LEN, CHUNKS, scale, H: tl.constexpr, G: tl.constexpr,
     DV: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
+    SINK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (R rows, COLUMNS of the head): chunks in rising order, AHEAD of them at a time."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -219,6 +222,8 @@ def merge_kernel(
         there = there & (e < DV)[None, None, :]
         a = tl.load(ACC + i * DV + e[None, None, :], mask=there, other=0.0)
         mt, lt, at = merge_run(mt, lt, at, m, l, a, scale, AHEAD)
+    if SINK:
+        lt, at = with_sink(mt, lt, at, SINKS, head, row < ROWS, scale)
     inside = (row < ROWS)[:, None] & (e < DV)[None, :]
     tl.store(OUT + out[:, None] + e[None, :], finish(lt, at, OUT), mask=inside)
 
@@ -232,16 +237,16 @@ def _mode(attn_mask, is_causal):
     return "mask" if attn_mask is not None else "causal" if is_causal else "all"
 
 
-def sdpa_visible(query, key, value, attn_mask, visible, scale):
+def sdpa_visible(query, key, value, attn_mask, visible, scale, softcap=0.0, sinks=None):
     """sdpa with a mask whose ranges are known."""
-    return sdpa(query, key, value, attn_mask, False, scale, visible)
+    return sdpa(query, key, value, attn_mask, False, scale, softcap, sinks, visible)
 
 
 def sdpa(
-    query, key, value, attn_mask, is_causal, scale, visible=None, chosen=None, split=None,
-    dtype=None,
+    query, key, value, attn_mask, is_causal, scale, softcap=0.0, sinks=None, visible=None,
+    chosen=None, split=None, dtype=None,
 ):  # fmt: skip
-    """softmax(query @ key.T * scale + mask) @ value; the memory of the output is [B, Q, H, Dv].
+    """softmax(capped(query @ key.T * scale) + mask) @ value; memory of the output: [B, Q, H, Dv].
 
     `visible`: the ranges of the mask, if they are known. For tests: `chosen` and `split` pick the
     schedule, which changes no bit; `dtype` float32 shows the result before its one rounding.
@@ -269,31 +274,33 @@ def sdpa(
     tma = use.tma and _has_boxes(key) and _has_boxes(value)
     boxes = (_boxes(key, tile, dp), _boxes(value, tile, dvp)) if tma else (key, value)
     sign, scale = (math.copysign(1.0, scale), abs(scale)) if scale else (0.0, 1.0)
+    bend, scale = (scale / abs(softcap), abs(softcap)) if softcap else (1.0, scale)
     scale *= LOG2E.value
+    has_sinks, sinks = sinks is not None, out if sinks is None else sinks.contiguous()
     launch(
         attention_kernel, (tiles * b * hkv, chunks if split else 1),
-        query, key, value, *boxes, *arrays, acc, top, total,
+        query, key, value, *boxes, *arrays, sinks, acc, top, total,
         b * hkv, q_len, s, tiles, chunks, *numbers[:3],
-        *strides(query), *strides(key), *strides(value), *numbers[3:], scale,
+        *strides(query), *strides(key), *strides(value), *numbers[3:], scale, bend,
         H=h, G=g, D=d, DV=dv, DP=dp, DVP=dvp, R=use.rows, T=tile, PER=CHUNK // tile,
         MODE=_mode(attn_mask, is_causal), BIAS=bias, SPLIT=split, SIGN=sign, TMA=tma,
-        STAGES=use.stages,
+        CAP=bool(softcap), SINK=has_sinks, STAGES=use.stages,
         num_warps=use.warps, num_stages=use.stages, maxnreg=use.registers or None,
     )  # fmt: skip
     if split:
-        _merge(top, total, acc, out, hkv, scale)
+        _merge(top, total, acc, sinks, out, hkv, scale, has_sinks)
     return out.transpose(1, 2)
 
 
-def _merge(top, total, acc, out, hkv, scale):
+def _merge(top, total, acc, sinks, out, hkv, scale, has_sinks):
     _, q_len, h, dv = out.shape
     (rows, chunks), dvp = top.shape, triton.next_power_of_2(dv)
     columns = min(max(dvp, 16), 32)
     launch(
         merge_kernel, (triton.cdiv(rows, MERGE_ROWS), triton.cdiv(dvp, columns)),
-        top, total, acc, out, rows, q_len, chunks, scale,
+        top, total, acc, sinks, out, rows, q_len, chunks, scale,
         H=h, G=h // hkv, DV=dv, R=MERGE_ROWS, COLUMNS=columns, AHEAD=4 if chunks <= 4 else 8,
-        num_warps=1,
+        SINK=has_sinks, num_warps=1,
     )  # fmt: skip
 
 

@@ -10,11 +10,17 @@ from bicompile.errors import UnsupportedGradient
 from bicompile.registry import Kernel, define_part, register
 
 
-def sdpa_reference(query, key, value, attn_mask, is_causal, scale):
-    """`softmax(query @ key.T * scale + mask) @ value`; a row that sees no key is 0."""
+def sdpa_reference(query, key, value, attn_mask, is_causal, scale, softcap=0.0, sinks=None):
+    """`softmax(capped(query @ key.T * scale) + mask) @ value`; a row that sees no key is 0.
+
+    `capped(s) = softcap * tanh(s / softcap)`, or s where the cap is 0.  `sinks`: a score of each
+    head that takes part in the sum of the weights and has no value.
+    """
     group = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(group, 1) for t in (key, value))
     score = (query @ key.mT) * scale
+    if softcap:
+        score = softcap * torch.tanh(score / softcap)
     visible = torch.ones(score.shape[-2:], dtype=torch.bool, device=query.device)
     if is_causal:
         visible = visible.tril()
@@ -23,8 +29,11 @@ def sdpa_reference(query, key, value, attn_mask, is_causal, scale):
     elif attn_mask is not None:
         score = score + attn_mask
     score = score.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        sink = sinks.to(score.dtype)[:, None, None].expand(*score.shape[:-1], 1)
+        score = torch.cat([score, sink], -1)
     weight = torch.softmax(score, -1).nan_to_num(0.0)
-    return weight @ value
+    return weight[..., : key.shape[2]] @ value
 
 
 def sdpa_backward_reference(grad, query, key, value, attn_mask, is_causal, scale):
@@ -46,7 +55,7 @@ def sdpa_backward_reference(grad, query, key, value, attn_mask, is_causal, scale
     return ds @ keys, dk, dv
 
 
-def _fake(query, key, value, attn_mask, is_causal, scale):
+def _fake(query, key, value, attn_mask, is_causal, scale, softcap=0.0, sinks=None):
     b, h, q, _ = query.shape
     return query.new_empty((b, q, h, value.shape[3])).transpose(1, 2)
 
@@ -65,7 +74,13 @@ def _eager_backward(grad, query, key, value, attn_mask, is_causal, scale):
     return torch.autograd.grad(out, leaves, grad)
 
 
-def _eager(query, key, value, attn_mask, is_causal, scale):
+def _eager(query, key, value, attn_mask, is_causal, scale, softcap=0.0, sinks=None):
+    if softcap:  # PyTorch has no op for it
+        args = query, key, value, attn_mask, is_causal, scale, softcap, sinks
+        return sdpa_reference(*args)
+    if sinks is not None:  # a key of zeros, with a bias
+        attn_mask = _with_sinks(query, key, attn_mask, sinks)
+        key, value = (F.pad(t, (0, 0, 0, 1)) for t in (key, value))
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -77,23 +92,40 @@ def _eager(query, key, value, attn_mask, is_causal, scale):
     )
 
 
+def _with_sinks(query, key, attn_mask, sinks):
+    """An additive mask with one more key."""
+    shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    bias = torch.zeros(shape, dtype=query.dtype, device=query.device)
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        bias = bias.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
+        bias = bias + attn_mask
+    column = sinks.to(query.dtype)[:, None, None].expand(*shape[:-1], 1)
+    return torch.cat([bias, column], -1)
+
+
 _SHAPES = "query: B H Q D, key: B H S D, value: B H S D"
 
 sdpa = register(
     Kernel(
         name="sdpa",
         schema="(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal,"
-        " float scale) -> Tensor",
+        " float scale, float softcap=0.0, Tensor? sinks=None) -> Tensor",
         contract=Contract(
             (
                 Case(
-                    f"{_SHAPES}, attn_mask?: B H Q S -> B H Q D",
-                    {"is_causal": False, "scale": 0.125},
+                    f"{_SHAPES}, attn_mask?: B H Q S, sinks?: H -> B H Q D",
+                    {"is_causal": False, "scale": 0.125, "softcap": 0.0},
                     masks=("attn_mask",),
                 ),
                 Case(
-                    f"{_SHAPES}, attn_mask?: Q S -> B H Q D",
-                    {"is_causal": False, "scale": 0.25},
+                    f"{_SHAPES}, attn_mask?: Q S, sinks?: H -> B H Q D",
+                    {"is_causal": False, "scale": 0.25, "softcap": 0.0},
+                    masks=("attn_mask",),
+                ),
+                Case(
+                    f"{_SHAPES}, attn_mask?: B H Q S, sinks?: H -> B H Q D",
+                    {"is_causal": False, "scale": 0.125, "softcap": 50.0},
                     masks=("attn_mask",),
                 ),
             )
@@ -112,7 +144,7 @@ def _fake_range(attn_mask):
     return attn_mask.new_empty((*shape[:3], 4), dtype=torch.int32)
 
 
-def _fake_visible(query, key, value, attn_mask, visible, scale):
+def _fake_visible(query, key, value, attn_mask, visible, scale, softcap=0.0, sinks=None):
     return _fake(query, key, value, attn_mask, False, scale)
 
 
@@ -122,8 +154,8 @@ define_part(sdpa, "visible_range", "(Tensor attn_mask) -> Tensor", _fake_range)
 define_part(
     sdpa,
     "sdpa_visible",
-    "(Tensor query, Tensor key, Tensor value, Tensor attn_mask, Tensor visible, float scale)"
-    " -> Tensor",
+    "(Tensor query, Tensor key, Tensor value, Tensor attn_mask, Tensor visible, float scale,"
+    " float softcap=0.0, Tensor? sinks=None) -> Tensor",
     _fake_visible,
 )
 

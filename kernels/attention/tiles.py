@@ -10,6 +10,20 @@ SLICE = tl.constexpr(32)  # columns of the head in one fp32 dot
 
 
 @triton.jit
+def _tanh(x):
+    """tanh; near 0 a polynomial, so that no digit is lost."""
+    a, square = tl.abs(x), x * x
+    q = tl.math.fma(square, -0.005897966679185629, 0.02079862542450428)
+    q = tl.math.fma(square, q, -0.05378471687436104)
+    q = tl.math.fma(square, q, 0.13331936299800873)
+    q = tl.math.fma(square, q, -0.33333298563957214)
+    small = tl.math.fma(q * square, x, x)
+    two = tl.full(x.shape, 2.0, tl.float32)
+    large = 1.0 - tl.div_rn(two, tl.math.exp2(a * (2.0 * LOG2E)) + 1.0)
+    return tl.where(a < 0.6, small, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
 def _fold(p, R: tl.constexpr, T: tl.constexpr):
     """[R, T] -> [R, LANES]: columns LANES apart, by halves (in the registers of a thread)."""
     for i in tl.static_range(5):
@@ -132,10 +146,10 @@ def _wild(
 @triton.jit
 def _tile(
     key0, partial, m, lanes, acc, q, K, V, KT, VT, MASK, first, last, plain, low, top, b, h,
-    sqd, sks, skd, svs, svd, sms, scale,
+    sqd, sks, skd, svs, svd, sms, scale, bend,
     SIGN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     R: tl.constexpr, T: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr,
-    CAREFUL: tl.constexpr,
+    CAREFUL: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: keys key0 .. key0 + T - 1."""
     if TMA:
@@ -149,6 +163,8 @@ def _tile(
         k = _load(K, key0, low, top, sks, skd, D, DP, T)
         v = _load(V, key0, low, top, svs, svd, DV, DVP, T)
         s = tl.dot(q, k.T)
+    if CAP:
+        s = _tanh(s * bend)
     if MASKED or CAREFUL:
         s, vis = _visible(s, key0, first, last, plain, MASK, sms, scale, T, MASKED, BIAS)
     elif partial:
@@ -170,10 +186,11 @@ def _tile(
 @triton.jit
 def attend(
     q, K, V, KT, VT, MASK, first, last, plain, b, h, anchor, t0, t1, c0, c1, head, full, low, top,
-    sqd, sks, skd, svs, svd, sms, scale,
+    sqd, sks, skd, svs, svd, sms, scale, bend,
     SIGN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     R: tl.constexpr, T: tl.constexpr, PER: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     TMA: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr, CAREFUL: tl.constexpr,
+    CAP: tl.constexpr,
 ):  # fmt: skip
     """Maximum, sum of weights and weighted values over tiles [t0, t1) in chunks [c0, c1).
 
@@ -200,8 +217,8 @@ def attend(
             m, lanes, acc = _tile(
                 key0, (t >= full) | (key0 < head), m, lanes, acc,
                 q, K, V, KT, VT, MASK, first, last, plain, low, top, b, h,
-                sqd, sks, skd, svs, svd, sms, scale,
-                SIGN, D, DV, DP, DVP, R, T, TMA, MASKED, BIAS, CAREFUL,
+                sqd, sks, skd, svs, svd, sms, scale, bend,
+                SIGN, D, DV, DP, DVP, R, T, TMA, MASKED, BIAS, CAREFUL, CAP,
             )  # fmt: skip
         l = pair_tree(lanes, R, W)
         if SPLIT:
@@ -220,6 +237,14 @@ def merge(mt, lt, at, m, l, a, scale):
     new = tl.math.exp2((m - top) * scale)
     at = tl.math.fma(a, tl.broadcast_to(new[:, None], a.shape), at * old[:, None])
     return mn, tl.math.fma(l, new, lt * old), at
+
+
+@triton.jit
+def with_sink(mt, lt, at, SINKS, head, here, scale):
+    """The sum and the weighted values after a last chunk of one score and no value."""
+    m = tl.load(SINKS + head, mask=here, other=0.0).to(tl.float32) * LOG2E * (1.0 / scale)
+    _, l, a = merge(mt, lt, at, m, tl.full(lt.shape, 1.0, tl.float32), tl.zeros_like(at), scale)
+    return l, a
 
 
 @triton.jit

@@ -345,9 +345,11 @@ BIC_INLINE float max_lane(f32x16 v) {
 #if defined(__AVX512F__)
 BIC_INLINE f32x16 exp(f32x16 v) { return bic::exp(v); }
 BIC_INLINE f32x16 log(f32x16 v) { return bic::log(v); }
+BIC_INLINE f32x16 tanh(f32x16 v) { return bic::tanh(v); }
 #else
 BIC_INLINE f32x16 exp(f32x16 v) { return {bic::exp(v.a), bic::exp(v.b)}; }
 BIC_INLINE f32x16 log(f32x16 v) { return {bic::log(v.a), bic::log(v.b)}; }
+BIC_INLINE f32x16 tanh(f32x16 v) { return {bic::tanh(v.a), bic::tanh(v.b)}; }
 #endif
 
 // ---- rounding mode of the thread
