@@ -50,7 +50,9 @@ def test_spellings_of_a_mask_agree(device, dtype, length, seed):
     additive = torch.zeros(length, length, dtype=dtype, device=device)
     infinite = additive.masked_fill(~p.visible, -torch.inf)
     lowest = additive.masked_fill(~p.visible, torch.finfo(dtype).min)
-    for name, mask in {"bool": p.visible, "-inf": infinite, "finfo.min": lowest}.items():
+    numbers = torch.arange(1, length + 1, dtype=torch.int32, device=device) * p.visible
+    masks = {"bool": p.visible, "-inf": infinite, "finfo.min": lowest, "numbers": numbers}
+    for name, mask in masks.items():
         for shape in ((length, length), (1, 1, length, length), (1, 4, length, length)):
             out = p.run(p.q, p.k, p.v, mask.expand(shape))
             testing.assert_same_bits(out, p.expected, f"{name} mask of shape {shape}")
@@ -139,6 +141,25 @@ def test_caps_and_sinks(device, dtype, length, seed, data):
     testing.assert_same_bits(none, p.expected, "sinks of no weight")
     blind = p.run(p.q, p.k, p.v, torch.zeros_like(p.visible), softcap=cap, sinks=sinks)
     assert bool((testing.bits(blind) == 0).all()), "a row that sees its sink alone is 0"
+
+
+@each_device
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@given(data=st.data())
+def test_a_window_that_rolls_is_the_whole(device, dtype, data):
+    """Numbers in the mask say where the keys of a rolling cache stand in their row."""
+    length, window = data.draw(st.sampled_from([(65, 16), (129, 100), (200, 64)]))
+    p = Problem(dtype, device, length)
+    key = torch.arange(length, device=device)
+    seen = p.visible & (key > key[:, None] - window)
+    numbers = torch.where(seen, key + 1, 0).int()
+    whole = p.run(p.q, p.k, p.v, seen)
+    start = data.draw(st.integers(0, length - 1))
+    end = data.draw(st.integers(start + 1, length))
+    first = max(start - window + 1, 0)
+    q, k, v = p.q[:, :, start:end], p.k[:, :, first:end], p.v[:, :, first:end]
+    out = p.run(q, k, v, numbers[start:end, first:end])
+    testing.assert_same_bits(out, whole[:, :, start:end], f"queries {start} to {end}")
 
 
 @each_device

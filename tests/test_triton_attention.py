@@ -229,6 +229,28 @@ def test_caps_and_sinks(dtype):
 
 
 @law
+@each_dtype
+def test_a_window_that_rolls_is_the_whole(dtype):
+    """The numbers in a mask say where the keys of a rolling cache stand in their row."""
+    n, window = (90, 40) if INTERPRET else (1300, 600)
+    q, k, v = _qkv(1, 4, 2, n, n, 24, 40, dtype)
+    key = torch.arange(n, device=DEVICE)
+    seen = _causal(n, n) & (key > key[:, None] - window)
+    numbers = torch.where(seen, key + 1, 0).int()
+    whole, moved = sdpa(q, k, v, seen), 0
+    same(sdpa(q, k, v, numbers), whole)
+    for start, end in ((n - 26, n - 10), (n - 1, n)):
+        first = start - window + 1
+        part = (q[:, :, start:end], k[:, :, first:end], v[:, :, first:end])
+        for split in (False, True):
+            got = sdpa(*part, numbers[start:end, first:end], split=split)
+            same(got, whole[:, :, start:end])
+        unknown = sdpa(*part, seen[start:end, first:end])
+        moved += int((bits(unknown) != bits(whole[:, :, start:end])).sum())
+    assert moved, "without the numbers the tiles start elsewhere: the test can fail"
+
+
+@law
 @pytest.mark.parametrize("shape", [(1, 1, 1, 40), (3, 1, 1, 70), (2, 1, 19, 20), (2, 3, 7, 33)])
 def test_ranges_of_a_mask(shape):
     seen = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.2).to(DEVICE)
@@ -243,6 +265,10 @@ def test_ranges_of_a_mask(shape):
         assert (got[..., 0] == first).all() and (got[..., 1] == last).all()
         assert (got[..., 2] == plain).all()
         assert (got[:, 0, 0, 3] == first.flatten(1).amin(1)).all()
+        numbered = torch.where(seen, key + 5, 0).int()
+        assert (attention.visible_range(numbered)[..., :3] == got[..., :3]).all()
+        some = seen.flatten(1).any(1)
+        assert (attention.visible_range(numbered)[some, 0, 0, 3] == -4).all()
     b, h, n, s = shape
     q, k, v = _qkv(b, 4 if h == 1 else h, 1, n, s, 32, 32, FULL)
     want = attention.sdpa(q, k, v, seen, False, 0.3)

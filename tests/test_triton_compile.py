@@ -55,7 +55,7 @@ def test_bytes_that_decide_an_operand_change_its_layout(compiled):
 
 
 @pytest.mark.parametrize("rows", [16, 64])
-@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.int32])
 def test_masks_do_not_change_the_layout_of_operands(compiled, rows, dtype):
     from bicompile.kernels.attention import gpu, schedules
 

@@ -30,6 +30,10 @@ and two chunks are joined by the same factors; a sink is a last chunk of one key
 tanh(s * scale / softcap) and c = softcap * log2(e).  A tile that a row does not see is f = 1 and
 p = 0.
 
+A mask of integers says which key of its row each key is, from 1 (0: not seen).  Chunks are then
+counted from key 1, whether it is there or has left the cache: so the keys of a window that rolls
+are added in the order in which the whole prompt adds them.
+
 Gradients (`sdpa_backward`) keep nothing of the forward but its inputs. With `p` the weights divided
 by their sum, and `g` the gradient of the output::
 
@@ -40,7 +44,8 @@ by their sum, and `g` the gradient of the output::
     dvalue[j] = sum over rows of p[j] * g            # share a key head innermost
 
 (float32: those three in double, rounded once.)  On a GPU the chains are dots over tiles: of keys,
-counted from the first seen one, and of rows, counted from the first query.
+counted from the first seen one, and of rows, counted from the first query.  Sinks, a cap and a mask
+of integers have no gradient yet: `UnsupportedGradient`.
 
 Row law: a row reads its query and the keys and values it sees; no number of queries, length of a
 cache, block of rows or thread takes part.  The gradients of a key and a value read the queries of

@@ -26,10 +26,13 @@ TILE = {2: 64, 4: 32}  # pinned: keys of a tile, by bytes per element
 
 
 @triton.jit
-def _row_ranges(VISIBLE, rb, rh, rq, b, h, query, here, S, MODE: tl.constexpr, R: tl.constexpr):
+def _row_ranges(
+    VISIBLE, rb, rh, rq, b, h, query, here, S, MODE: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+):
     """First and last visible key of each row; 1 if every key between is seen with bias 0.
 
-    And the first key that any row of this batch row sees: chunks and tiles are counted from it.
+    And the key from which chunks and tiles are counted, less the chunks of C keys before the first
+    that these rows see; it may lie before key 0.
     """
     if MODE == "mask":
         i = VISIBLE + b * rb + h * rh + query * rq
@@ -37,6 +40,8 @@ def _row_ranges(VISIBLE, rb, rh, rq, b, h, query, here, S, MODE: tl.constexpr, R
         last = tl.load(i + 1, mask=here, other=-1)
         plain = tl.load(i + 2, mask=here, other=1)
         anchor = tl.load(VISIBLE + b * rb + 3)
+        low = tl.min(first, 0)
+        anchor += tl.where(low < NO_KEY, (low - anchor) // C, 0) * C
     else:
         plain = tl.full([R], 1, tl.int32)
         first = tl.where(here & (S > 0), 0, NO_KEY)
@@ -120,7 +125,9 @@ def _rows(
     """
     b, kh, query0, row, query, g = _places(pid, r, BH, TILES, Q_LEN, H, G, R, N)
     here, head = row < Q_LEN * G, kh * G + g
-    first, last, plain, anchor = _row_ranges(VISIBLE, rb, rh, rq, b, head, query, here, S, MODE, N)
+    first, last, plain, anchor = _row_ranges(
+        VISIBLE, rb, rh, rq, b, head, query, here, S, MODE, N, T * PER
+    )
     t0, t1, begin, full, low, top = _span(first, last, here, anchor, T)
     c0 = t0 // PER
     c1 = tl.cdiv(t1, PER)
@@ -261,7 +268,9 @@ def sdpa(
     rows, tile = q_len * g, TILE[query.element_size()]
     use = chosen or schedule(query.element_size(), max(dp, dvp), rows, capability(query.device))
     query, key, value = _near(query), _near(key), _near(value)
-    tiles, chunks = triton.cdiv(rows, use.rows), triton.cdiv(s, CHUNK)
+    numbered = attn_mask is not None and attn_mask.dtype == torch.int32
+    # Keys of a window start anywhere in a chunk.
+    tiles, chunks = triton.cdiv(rows, use.rows), triton.cdiv(s + numbered * (CHUNK - 1), CHUNK)
     if split is None:
         split = splits(tiles * b * hkv, chunks, b * hkv * rows * chunks * dv * 4)
     split, bias = split and s > 0, attn_mask is not None and attn_mask.is_floating_point()

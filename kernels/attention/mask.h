@@ -20,7 +20,8 @@ struct Keys {
   Keys meet(Keys o) const { return {std::max(begin, o.begin), std::min(end, o.end)}; }
 };
 
-// A bool (true = seen) or additive mask, broadcast to [B, H, Q, S]; or no mask at all.
+// A mask broadcast to [B, H, Q, S], or none: bool (true = seen), additive, or int32 (0 = not seen,
+// else the number of the key in its row, from 1, which changes nothing here).
 class Mask {
  public:
   Mask(const std::optional<Tensor>& mask, int64_t keys) : keys_(keys) {
@@ -53,6 +54,9 @@ class Mask {
     if (type_ == ScalarType::Bool) {
       copy(static_cast<const uint8_t*>(p_) + at, j, n, out,
            [](uint8_t seen) { return seen ? 0.f : -INFINITY; });
+    } else if (type_ == ScalarType::Int) {
+      copy(static_cast<const int32_t*>(p_) + at, j, n, out,
+           [](int32_t number) { return number ? 0.f : -INFINITY; });
     } else {
       dispatch(type_, [&](auto t) {
         using T = decltype(t);

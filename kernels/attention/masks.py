@@ -14,9 +14,9 @@ FAR = 1 << 22  # strides of keys and columns stay below this: offsets in a tile 
 @triton.jit(do_not_specialize=["QUERIES", "ROWS", "S", "PARTS"])
 def range_kernel(
     MASK, VISIBLE, QUERIES, ROWS, S, PARTS, smb, smh, smq, sms,
-    BIAS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, NUMBERED: tl.constexpr, R: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (batch row, R mask rows): first, last, plain of each row; start, if it is alone."""
+    """Program (batch row, R mask rows): first, last, plain and start of each row."""
     after_others(PDL)
     b = (tl.program_id(0) // PARTS).to(tl.int64)
     r = tl.program_id(0) % PARTS * R + tl.arange(0, R)
@@ -24,6 +24,7 @@ def range_kernel(
     first = tl.full([R], NO_KEY, tl.int32)
     last = tl.full([R], -1, tl.int32)
     count = tl.zeros([R], tl.int32)
+    start = tl.full([R], NO_KEY, tl.int32)
     for k0 in range(0, S, C):
         key = k0 + tl.arange(0, C)[None, :]
         there = (r < ROWS)[:, None] & (key < S)
@@ -37,23 +38,25 @@ def range_kernel(
             count += tl.sum(seen.to(tl.int32), 1)
         first = tl.minimum(first, tl.min(tl.where(seen, key, NO_KEY), 1))
         last = tl.maximum(last, tl.max(tl.where(seen, key, -1), 1))
+        if NUMBERED:
+            start = tl.minimum(start, tl.min(tl.where(seen, key + 1 - x, NO_KEY), 1))
     plain = (last < first) | (count == last - first + 1)
     i = VISIBLE + (b * ROWS + r) * 4
     tl.store(i, first, mask=r < ROWS)
     tl.store(i + 1, last, mask=r < ROWS)
     tl.store(i + 2, plain.to(tl.int32), mask=r < ROWS)
-    tl.store(i + 3, first, mask=r < ROWS)
+    tl.store(i + 3, start if NUMBERED else first, mask=r < ROWS)
 
 
 @triton.jit(do_not_specialize=["ROWS"])
 def start_kernel(VISIBLE, ROWS, C: tl.constexpr, PDL: tl.constexpr):
-    """Program (batch row): the first key that any of its rows sees."""
+    """Program (batch row): the lowest start of its rows."""
     after_others(PDL)
     row0 = VISIBLE + tl.program_id(0).to(tl.int64) * ROWS * 4
     start = tl.full([C], NO_KEY, tl.int32)
     for i in range(0, ROWS, C):
         r = i + tl.arange(0, C)
-        start = tl.minimum(start, tl.load(row0 + r * 4, mask=r < ROWS, other=NO_KEY))
+        start = tl.minimum(start, tl.load(row0 + r * 4 + 3, mask=r < ROWS, other=NO_KEY))
     tl.store(row0 + 3, tl.min(start, 0))
 
 
@@ -68,7 +71,8 @@ def visible_range(attn_mask: torch.Tensor) -> torch.Tensor:
     """What each row of a mask sees, int32 [B, H, Q, 4] with the axes of the mask.
 
     First key, last key, 1 if every key between is seen with bias 0; in the first row of a batch row
-    also the first key that any of its rows sees.
+    also the key from which its tiles are counted: the first one that any of its rows sees, or where
+    key number 1 is or was, if the mask holds numbers.
     """
     mask = _readable(attn_mask)
     b, h, q, s = mask.shape
@@ -80,7 +84,8 @@ def visible_range(attn_mask: torch.Tensor) -> torch.Tensor:
         return visible
     launch(
         range_kernel, b * parts, mask, visible, q, rows, s, parts, *strides(mask),
-        BIAS=mask.is_floating_point(), R=per, C=columns, num_warps=4,
+        BIAS=mask.is_floating_point(), NUMBERED=mask.dtype == torch.int32, R=per, C=columns,
+        num_warps=4,
     )  # fmt: skip
     if rows > 1:
         launch(start_kernel, b, visible, rows, C=1024, num_warps=4)
