@@ -10,9 +10,9 @@ class Attention {
   Attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Mask& mask,
             bool causal, float scale, float cap, std::vector<float> sinks)
       : q_(data<T>(q)), k_(data<T>(k)), v_(data<T>(v)), out_(mutable_data<T>(out)), mask_(mask),
-        causal_(causal), scale_(scale), cap_(cap), sinks_(std::move(sinks)), B_(q.size(0)), H_(q.size(1)), Q_(q.size(2)), D_(q.size(3)),
-        G_(k.size(1)), S_(k.size(2)), Dv_(v.size(3)), group_(H_ / G_), Dp_(round_up(D_, W)),
-        Dvp_(round_up(Dv_, W)) {
+        causal_(causal), scale_(scale), cap_(cap), sinks_(std::move(sinks)), B_(q.size(0)),
+        H_(q.size(1)), Q_(q.size(2)), D_(q.size(3)), G_(k.size(1)), S_(k.size(2)), Dv_(v.size(3)),
+        group_(H_ / G_), Dp_(round_up(D_, W)), Dvp_(round_up(Dv_, W)) {
     for (int d = 0; d < 4; d++) {
       qs_[d] = q.stride(d);
       ks_[d] = k.stride(d);

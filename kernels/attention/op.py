@@ -185,15 +185,23 @@ sdpa_backward = register(
 
 
 def _save(ctx, inputs, output):
-    query, key, value, attn_mask, *ctx.rest = inputs
+    query, key, value, attn_mask, *ctx.rest, softcap, sinks = inputs
     ctx.save_for_backward(query, key, value, attn_mask)
+    without = {
+        "a cap of attention scores": softcap != 0.0,
+        "attention sinks": sinks is not None,
+        "a mask that numbers its keys": attn_mask is not None and attn_mask.dtype is torch.int32,
+    }
+    ctx.without = next((what for what, given in without.items() if given), None)
 
 
 def _backward(ctx, grad):
+    if ctx.without:
+        raise UnsupportedGradient(op=ctx.without)
     if ctx.needs_input_grad[3]:
         raise UnsupportedGradient(op="the mask of scaled_dot_product_attention")
     found = sdpa_backward.op(grad, *ctx.saved_tensors, *ctx.rest)
-    return *found, None, None, None
+    return *found, None, None, None, None, None
 
 
 torch.library.register_autograd("bicompile::sdpa", _backward, setup_context=_save)
