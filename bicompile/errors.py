@@ -45,7 +45,10 @@ class BicompileError(RuntimeError):
         super().__init__("\n".join(parts))
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), self.line, self.fields)
+        # What torch.compile raises is of a class made at run time (`capture.error_boundary`).
+        cls = next(c for c in type(self).__mro__ if "first_useful_frame" not in vars(c))
+        fields = {name: _text(value) for name, value in self.fields.items()}
+        return _rebuild, (cls, self.line, fields)
 
 
 def _rebuild(cls: type[BicompileError], line: str | None, fields: dict[str, object]) -> object:

@@ -243,6 +243,14 @@ def test_a_package_that_is_not_installed():
     assert 'pip install "bicompile[testing]"' in str(error)
 
 
+def test_errors_of_a_graph_can_be_sent_to_another_process():
+    with pytest.raises(errors.UnsupportedOp) as caught:
+        run(lambda x: torch.linalg.svdvals(x), X)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert type(again) is errors.UnsupportedOp
+    assert str(again) in str(caught.value)
+
+
 def test_every_error_has_a_case():
     source = Path(__file__).read_text()
     missing = [c.__name__ for c in errors.catalogue() if f"errors.{c.__name__}" not in source]
