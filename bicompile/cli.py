@@ -20,6 +20,7 @@ COMMANDS = {
     "bench": "bicompile.bench",
     "bisect": "bicompile.bisect_command",
     "verify": "bicompile.verify",
+    "coverage": "bicompile.coverage",
 }
 """Subcommand -> module; the first line of the module's docstring is the help text."""
 
@@ -28,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Build the parser from `COMMANDS`."""
     parser = argparse.ArgumentParser(
         prog="bicompile",
-        description="Batch-invariant torch.compile: show, explain, bisect, time and verify it.",
+        description="Batch-invariant torch.compile: show, explain, time and verify it.",
     )
     parser.add_argument("--version", action="version", version=f"bicompile {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")

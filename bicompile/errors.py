@@ -293,6 +293,13 @@ class LostDecision(BicompileError):
     next = "record each rewrite with run.decide(node, reason), see passes/ in CONTRIBUTING.md"
 
 
+class CoverageUnavailable(BicompileError):
+    """What the survey of operations and models needs is not installed."""
+
+    what = "cannot survey operations and models: {missing} is not installed"
+    next = 'run: pip install "bicompile[coverage]"'
+
+
 class RegistrationError(BicompileError):
     """A kernel, rule or contract is not consistent; for those who add ops."""
 

@@ -143,6 +143,7 @@ def parts_about_commands():
         "bench": bench,
         "explain": (ROOT / "docs" / "explain.md").read_text(),
         "verify": (ROOT / "docs" / "schedules.md").read_text(),
+        "coverage": (ROOT / "docs" / "coverage.md").read_text(),
     }
 
 

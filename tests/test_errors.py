@@ -211,6 +211,7 @@ TEXTS = {
     errors.LockUnreadable: ({"file": "a.lock", "reason": "empty"}, "lock file a.lock: empty"),
     errors.LockDiffers: ({"file": "a.lock", "differences": "pin: torch"}, "a.lock:\npin: torch"),
     errors.LostDecision: ({"node": "mm", "op": "aten.mm.default"}, "became of mm (aten.mm"),
+    errors.CoverageUnavailable: ({"missing": "pebble"}, "pebble is not installed"),
     errors.RegistrationError: ({"name": "mm", "reason": "taken"}, "cannot register mm: taken"),
 }
 
