@@ -149,7 +149,7 @@ class Planted(torch.nn.Module):
     ("function", "verdict", "reason"),
     [
         (rows, "invariant", ""),
-        (lambda x: x.cumsum(-1) if len(x) else x, "refused", "aten.cumsum.default"),
+        (lambda x: torch.linalg.pinv(x) @ x, "refused", "linalg"),
         (lambda x: x - x.mean(0), FAILED, "other bits"),
         (lambda x: x.log().log(), FAILED, "no finite numbers"),
     ],
