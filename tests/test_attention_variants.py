@@ -57,5 +57,5 @@ def test_planted_variants_are_caught(variant):
     sizes = {"B": 3, "H": 2, "Q": 9, "S": 33, "D": 16}
     sample = testing.make_sample(SDPA, CAPPED, torch.float32, sizes)
     with pytest.raises(testing.InvarianceViolation):
-        for law in testing.PROPERTIES:
+        for law in testing.kernels.PROPERTIES:
             law(variant, sample)

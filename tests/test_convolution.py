@@ -160,7 +160,7 @@ CANARIES = (
 def caught(variant):
     """Whether a law of windows sees it."""
     sizes = {"B": 2, "H": 1, "N": 5, "C": 8, "I1": 11, "I2": 9, "W1": 3, "W2": 3}
-    for law in testing.OF_WINDOWS:
+    for law in testing.kernels.OF_WINDOWS:
         sample = testing.make_sample(KERNEL, KERNEL.contract.cases[0], torch.float32, sizes)
         for seed in range(3):
             try:

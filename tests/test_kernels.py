@@ -46,7 +46,7 @@ def test_law(kernel, dtype, law, device):
 @each_device
 @pytest.mark.parametrize("kernel", WITH_WINDOWS, ids=lambda k: k.name)
 @each_dtype
-@pytest.mark.parametrize("law", testing.OF_WINDOWS, ids=lambda p: p.__name__)
+@pytest.mark.parametrize("law", testing.kernels.OF_WINDOWS, ids=lambda p: p.__name__)
 def test_law_of_windows(kernel, dtype, law, device):
     """The laws for windows that slide over an image."""
     test_law(kernel, dtype, law, device)
