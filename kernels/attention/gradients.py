@@ -61,9 +61,19 @@ def _row(row, kh, Q_LEN, G: tl.constexpr):
 
 @triton.jit
 def _slope(x, vis, dp, top, over, dot, scale):
-    """Weights and gradients of the scores of a tile."""
-    p = tl.math.exp2(x - top[:, None]) * over[:, None]
+    """Weights and gradients of the scores of a tile; 0 where a NaN of the row is not seen."""
+    p = tl.where(vis, tl.math.exp2(x - top[:, None]) * over[:, None], 0.0)
     return p, tl.where(vis, p * (dp - dot[:, None]) * scale, 0.0)
+
+
+@triton.jit
+def _add_dot(acc, a, b):
+    """acc + a @ b; in float32 the product of a tile first, so that a long chain loses no digits."""
+    if b.dtype == tl.float32:
+        acc += tl.dot(a, b, input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc)
+    return acc
 
 
 @triton.jit(do_not_specialize=["BH", "Q_LEN", "S", "rb"])
@@ -122,7 +132,7 @@ def query_kernel(
         x, vis = _scores(q, k, here, query, key, key < S, mask, sms, scale, MODE, BIAS)
         dp = tl.dot(g, v.T, input_precision="ieee")
         _, ds = _slope(x, vis, dp, top, over, dot, scale)
-        acc = tl.dot(ds.to(k.dtype), _finite(k), acc, input_precision="ieee")
+        acc = _add_dot(acc, ds.to(k.dtype), _finite(k))
     d = tl.arange(0, DP)[None, :]
     out = DQ + ((b * Q_LEN + query) * H + head)[:, None] * D + d
     tl.store(out, (acc + 0.0).to(DQ.dtype.element_ty), mask=here[:, None] & (d < D))
@@ -163,8 +173,8 @@ def key_kernel(
         p, ds = _slope(x, vis, dp, top, over, dot, scale)
         wild = tl.max((g - g != 0.0).to(tl.int32), 1) > 0
         p = tl.where(vis & wild[:, None], float("nan"), p)
-        dv = tl.dot(p.to(g.dtype).T, _finite(g), dv, input_precision="ieee")
-        dk = tl.dot(ds.to(q.dtype).T, _finite(q), dk, input_precision="ieee")
+        dv = _add_dot(dv, p.to(g.dtype).T, _finite(g))
+        dk = _add_dot(dk, ds.to(q.dtype).T, _finite(q))
     d, e = tl.arange(0, DP)[None, :], tl.arange(0, DVP)[None, :]
     out = ((b * S + key) * (H // G) + kh)[:, None]
     tl.store(DK + out * D + d, (dk + 0.0).to(DK.dtype.element_ty), mask=there[:, None] & (d < D))
