@@ -10,6 +10,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 import re
 import sys
 import time
@@ -174,12 +175,14 @@ def _outcomes(items: Sequence[Item], jobs: int) -> Iterator[Outcome]:
             return
         context = multiprocessing.get_context("spawn")  # a forked process has no working CUDA
         with ProcessPoolExecutor(jobs, context, initializer=_start) as pool:
-            futures = [pool.submit(work, item) for item in items]
-            for future in futures:
+            # Neighbours need the same kernels: side by side, each process would compile them.
+            mixed = random.Random(0).sample(items, len(items))
+            futures = {item: pool.submit(work, item) for item in mixed}
+            for future in futures.values():
                 future.add_done_callback(lambda _: progress.advance(task))
             try:
-                for future in futures:
-                    yield future.result()
+                for item in items:
+                    yield futures[item].result()
             except BrokenProcessPool:
                 raise SweepFailed(problem="an unknown problem", output="a process died") from None
             finally:
