@@ -70,7 +70,8 @@ def _slope(x, vis, dp, top, over, dot, scale):
 def _add_dot(acc, a, b):
     """acc + a @ b; in float32 the product of a tile first, so that a long chain loses no digits."""
     if b.dtype == tl.float32:
-        acc += tl.dot(a, b, input_precision="ieee")
+        # Triton makes acc the start of a dot that is added to it, unless the dot has a limit.
+        acc += tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=16)
     else:
         acc = tl.dot(a, b, acc)
     return acc
