@@ -125,6 +125,8 @@ def _eager_layer_norm_backward(grad, input, normalized_ndim, mean, rstd, weight)
         return _input_gradient(g, x, None, r, w, dim).to(input.dtype)
     shape = input.shape[-normalized_ndim:]
     only_input = [True, False, False]
+    if input.is_cuda:  # has statistics in float32 only
+        mean, rstd = mean.float(), rstd.float()
     args = (grad, input, shape, mean, rstd, weight, None, only_input)
     return torch.ops.aten.native_layer_norm_backward(*args)[0]
 
