@@ -21,9 +21,15 @@ def _group_norm(x, s):
     return gpu.group_norm(x[:, None], None, None, 1, 1e-5, chosen=s)
 
 
-def _gradient(x, w, s):
+def _layer_norm_backward(x, w, s):
     """Any numbers serve as statistics."""
     return gpu.layer_norm_backward(x, x, 1, x[:, :1], x[:, -1:], w, chosen=s)
+
+
+def _group_norm_backward(x, s):
+    return gpu.group_norm_backward(x[:, None], x[:, None], x[:, :1], x[:, -1:], None, 1, chosen=s)[
+        :, 0
+    ]
 
 
 OPS = {
@@ -33,7 +39,8 @@ OPS = {
         lambda x, w, b, s: gpu.layer_norm(x, 1, w, b, 1e-5, chosen=s), weights=2, quick=True
     ),
     "group_norm": Op(_group_norm),
-    "layer_norm gradient": Op(_gradient, weights=1),
+    "layer_norm_backward": Op(_layer_norm_backward, weights=1),
+    "group_norm_backward": Op(_group_norm_backward),
 }
 
 

@@ -21,8 +21,8 @@ OPS = {
     "softmax": Op(lambda x, s: gpu.softmax(x, 1, x.dtype, chosen=s), quick=True),
     "log_softmax": Op(lambda x, s: gpu.log_softmax(x, 1, FULL, chosen=s)),
     "log_softmax_gather": Op(_gather),
-    "softmax gradient": Op(lambda x, s: gpu.softmax_backward(x, x, 1, x.dtype, chosen=s)),
-    "log_softmax gradient": Op(lambda x, s: gpu.log_softmax_backward(x, x, 1, FULL, chosen=s)),
+    "softmax_backward": Op(lambda x, s: gpu.softmax_backward(x, x, 1, x.dtype, chosen=s)),
+    "log_softmax_backward": Op(lambda x, s: gpu.log_softmax_backward(x, x, 1, FULL, chosen=s)),
 }
 
 
