@@ -231,23 +231,44 @@ def test_caps_and_sinks(dtype):
 @law
 @each_dtype
 def test_a_window_that_rolls_is_the_whole(dtype):
-    """The numbers in a mask say where the keys of a rolling cache stand in their row."""
+    """Keys are counted from the first that a query sees, or where the numbers say."""
     n, window = (90, 40) if INTERPRET else (1300, 600)
     q, k, v = _qkv(1, 4, 2, n, n, 24, 40, dtype)
     key = torch.arange(n, device=DEVICE)
     seen = _causal(n, n) & (key > key[:, None] - window)
     numbers = torch.where(seen, key + 1, 0).int()
-    whole, moved = sdpa(q, k, v, seen), 0
-    same(sdpa(q, k, v, numbers), whole)
-    for start, end in ((n - 26, n - 10), (n - 1, n)):
-        first = start - window + 1
-        part = (q[:, :, start:end], k[:, :, first:end], v[:, :, first:end])
-        for split in (False, True):
-            got = sdpa(*part, numbers[start:end, first:end], split=split)
-            same(got, whole[:, :, start:end])
-        unknown = sdpa(*part, seen[start:end, first:end])
-        moved += int((bits(unknown) != bits(whole[:, :, start:end])).sum())
-    assert moved, "without the numbers the tiles start elsewhere: the test can fail"
+    whole = sdpa(q, k, v, numbers)
+    same(whole[:, :, :window], sdpa(q, k, v, causal=True)[:, :, :window])
+    assert (bits(sdpa(q, k, v, seen)) != bits(whole)).any(), "numbers take part: the test can fail"
+    for mask in (numbers, seen):
+        whole = sdpa(q, k, v, mask)
+        for start, end in ((n - 26, n - 10), (n - 1, n)):
+            first = start - window + 1
+            part = (q[:, :, start:end], k[:, :, first:end], v[:, :, first:end])
+            for split in (False, True):
+                got = sdpa(*part, mask[start:end, first:end], split=split)
+                same(got, whole[:, :, start:end])
+
+
+@law
+@each_dtype
+def test_rows_begin_anywhere(dtype):
+    """Queries that see different first keys: packed sequences, and masks of any form."""
+    n, cut = (45, 17) if INTERPRET else (700, 290)
+    q, k, v = _qkv(1, 4, 2, n, n, 24, 40, dtype)
+    packed = _causal(n, n)
+    packed[cut:, :cut] = False
+    random = (torch.rand(n, n, generator=torch.Generator().manual_seed(1)) < 0.1).to(DEVICE)
+    alone = sdpa(*(t[:, :, cut:] for t in (q, k, v)), causal=True)
+    same(sdpa(q, k, v, packed)[:, :, cut:], alone)
+    for mask in (packed, random, torch.where(random, 0.5, -INF)):
+        whole = sdpa(q, k, v, mask)
+        for s in _schedules(q, 64)[: 1 if INTERPRET else None]:
+            for split in (False, True):
+                same(sdpa(q, k, v, mask, chosen=s, split=split), whole)
+                for rows in (slice(3, 4), slice(cut - 2, cut + 3)):
+                    got = sdpa(q[:, :, rows], k, v, mask[rows], chosen=s, split=split)
+                    same(got, whole[:, :, rows])
 
 
 @law
@@ -264,11 +285,10 @@ def test_ranges_of_a_mask(shape):
         plain = (last < first) | (seen.sum(3) == last - first + 1)
         assert (got[..., 0] == first).all() and (got[..., 1] == last).all()
         assert (got[..., 2] == plain).all()
-        assert (got[:, 0, 0, 3] == first.flatten(1).amin(1)).all()
-        numbered = torch.where(seen, key + 5, 0).int()
-        assert (attention.visible_range(numbered)[..., :3] == got[..., :3]).all()
-        some = seen.flatten(1).any(1)
-        assert (attention.visible_range(numbered)[some, 0, 0, 3] == -4).all()
+        assert (got[..., 3] == first).all()
+        numbered = attention.visible_range(torch.where(seen, key + 5, 0).int())
+        assert (numbered[..., :3] == got[..., :3]).all()
+        assert (numbered[..., 3] == torch.where(seen.any(3), -4, 1 << 30)).all()
     b, h, n, s = shape
     q, k, v = _qkv(b, 4 if h == 1 else h, 1, n, s, 32, 32, FULL)
     want = attention.sdpa(q, k, v, seen, False, 0.3)

@@ -116,8 +116,6 @@ def make_sample(
             tensors[arg.name] = ends.to(device, torch.int32)
         elif arg.name in case.masks:
             visible = torch.rand(shape, generator=generator) < 0.7
-            if device != "cpu":  # there keys are counted from the first that any row sees
-                visible[..., :1] = True
             additive = torch.where(visible, torch.randn(shape, generator=generator), -torch.inf)
             tensors[arg.name] = (additive.to(dtype) if float_mask else visible).to(device)
         else:

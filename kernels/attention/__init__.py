@@ -17,8 +17,8 @@ Bits: on the CPU, for one row (a query of one head), float32::
 Adding 0 * value changes no chain, so masked keys before, between or behind the seen ones change no
 bit; where their values are NaN or infinite the row is taken again without them.
 
-On a GPU: chunks of 512 keys counted from the first that any query of the batch row sees, merged in
-order; a chunk is an online softmax over tiles of 64 keys (fp32: 32)::
+On a GPU: chunks of 512 keys counted from the first that the row sees, merged in order; a chunk is
+an online softmax over tiles of 64 keys (fp32: 32)::
 
     m' = max(m, s)                               # exact; s: the dot, unscaled; masked keys: -inf
     p[j] = 2 ** fma(s[j], c, -(m' * c))          # c = scale * log2(e); fp32: 2 ** ((s[j] - m') * c)

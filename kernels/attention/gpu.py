@@ -3,6 +3,7 @@
 A chunk is an online softmax over its tiles; chunks are merged in rising order. One program walks
 the chunks, or each chunk has a program of its own (`split`): the same numbers. A tile or a chunk
 that a row does not see changes nothing of that row, so what is skipped is a matter of speed alone.
+Rows of a program that begin at the same key are computed together, the others one after the other.
 """
 
 import math
@@ -26,22 +27,18 @@ TILE = {2: 64, 4: 32}  # pinned: keys of a tile, by bytes per element
 
 
 @triton.jit
-def _row_ranges(
-    VISIBLE, rb, rh, rq, b, h, query, here, S, MODE: tl.constexpr, R: tl.constexpr, C: tl.constexpr
-):
+def _row_ranges(VISIBLE, rb, rh, rq, b, h, query, here, S, MODE: tl.constexpr, R: tl.constexpr):
     """First and last visible key of each row; 1 if every key between is seen with bias 0.
 
-    And the key from which chunks and tiles are counted, less the chunks of C keys before the first
-    that these rows see; it may lie before key 0.
+    And the key from which its chunks and tiles are counted, `NO_KEY` for a row that sees nothing;
+    it may lie before key 0.
     """
     if MODE == "mask":
         i = VISIBLE + b * rb + h * rh + query * rq
         first = tl.load(i, mask=here, other=NO_KEY)
         last = tl.load(i + 1, mask=here, other=-1)
         plain = tl.load(i + 2, mask=here, other=1)
-        anchor = tl.load(VISIBLE + b * rb + 3)
-        low = tl.min(first, 0)
-        anchor += tl.where(low < NO_KEY, (low - anchor) // C, 0) * C
+        start = tl.load(i + 3, mask=here, other=NO_KEY)
     else:
         plain = tl.full([R], 1, tl.int32)
         first = tl.where(here & (S > 0), 0, NO_KEY)
@@ -49,8 +46,8 @@ def _row_ranges(
         if MODE == "causal":
             last = tl.minimum(query, last)
         last = tl.where(here, last, -1)
-        anchor = 0
-    return first, last, plain, anchor
+        start = tl.zeros([R], tl.int32)
+    return first, last, plain, start
 
 
 @triton.jit
@@ -107,6 +104,33 @@ def _write(
 
 
 @triton.jit
+def _attend_from(
+    anchor, first, last, here, ok, plain, q, K, V, KT, VT, MASK, b, kh,
+    sqd, sks, skd, svs, svd, sms, scale, bend,
+    SIGN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    N: tl.constexpr, T: tl.constexpr, PER: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr, CAREFUL: tl.constexpr,
+    CAP: tl.constexpr,
+):  # fmt: skip
+    """Attention of rows whose chunks are counted from `anchor`; of no chunk, if not `ok`."""
+    # Less the chunks before the first that these rows see: a window may have left them behind.
+    low = tl.min(first, 0)
+    anchor += tl.where(low < NO_KEY, (low - anchor) // (T * PER), 0) * (T * PER)
+    t0, t1, begin, full, low, top = _span(first, last, here, anchor, T)
+    c0 = t0 // PER
+    c1 = tl.cdiv(t1, PER)
+    if SPLIT:
+        c0 = tl.maximum(c0, tl.program_id(1))
+        c1 = tl.minimum(c1, tl.program_id(1) + 1)
+    c1 = tl.where(ok, c1, c0)
+    return attend(
+        q, K, V, KT, VT, MASK, first, last, plain, b.to(tl.int32), kh.to(tl.int32), anchor,
+        t0, t1, c0, c1, begin, full, low, top, sqd, sks, skd, svs, svd, sms, scale, bend,
+        SIGN, D, DV, DP, DVP, N, T, PER, SPLIT, STAGES, TMA, MASKED, BIAS, CAREFUL, CAP,
+    )  # fmt: skip
+
+
+@triton.jit
 def _rows(
     pid, r, Q, K, V, KT, VT, MASK, VISIBLE, SINKS, OUT, TOP, SUM,
     BH, Q_LEN, S, TILES, CHUNKS, rb, rh, rq,
@@ -119,34 +143,42 @@ def _rows(
 ):  # fmt: skip
     """N of the R rows of a program, from its row r.
 
-    Returns whether they are done. If not, nothing is written: without MASKED where the ranges of
-    the rows do not say all; without CAREFUL where a sum is not finite, for NaN may come from a
-    value that the row does not see, times a weight of 0.
+    Returns whether they are done. If not, nothing is written: without MASKED where the rows begin
+    at several keys or their ranges do not say all; without CAREFUL where a sum is not finite, for
+    NaN may come from a value that the row does not see, times a weight of 0.
     """
     b, kh, query0, row, query, g = _places(pid, r, BH, TILES, Q_LEN, H, G, R, N)
     here, head = row < Q_LEN * G, kh * G + g
-    first, last, plain, anchor = _row_ranges(
-        VISIBLE, rb, rh, rq, b, head, query, here, S, MODE, N, T * PER
-    )
-    t0, t1, begin, full, low, top = _span(first, last, here, anchor, T)
-    c0 = t0 // PER
-    c1 = tl.cdiv(t1, PER)
-    if SPLIT:
-        c0 = tl.maximum(c0, tl.program_id(1))
-        c1 = tl.minimum(c1, tl.program_id(1) + 1)
-    ok = pid >= 0
-    if MODE == "mask" and not MASKED:
-        ok = tl.min(plain, 0) > 0
-        c1 = tl.where(ok, c1, c0)
-    m, l, a = attend(
-        Q + b * sqb + query0.to(tl.int64) * sqm + head * sqh
-        + (query - query0) * sqm,
-        K + b * skb + kh * skh, V + b * svb + kh * svh, KT, VT,
-        MASK + b * smb + head * smh + query.to(tl.int64) * smq,
-        first, last, plain, b.to(tl.int32), kh.to(tl.int32), anchor, t0, t1, c0, c1, begin, full,
-        low, top, sqd, sks, skd, svs, svd, sms, scale, bend,
-        SIGN, D, DV, DP, DVP, N, T, PER, SPLIT, STAGES, TMA, MASKED, BIAS, CAREFUL, CAP,
-    )  # fmt: skip
+    first, last, plain, start = _row_ranges(VISIBLE, rb, rh, rq, b, head, query, here, S, MODE, N)
+    ok, anchor = pid >= 0, 0
+    if MODE == "mask":
+        anchor = tl.min(start, 0)
+        if not MASKED:
+            alike = (start == anchor) | (start == NO_KEY)
+            ok = tl.min(tl.where(alike, plain, 0), 0) > 0
+    q = Q + b * sqb + query0.to(tl.int64) * sqm + head * sqh + (query - query0) * sqm
+    mask = MASK + b * smb + head * smh + query.to(tl.int64) * smq
+    if MODE == "mask" and MASKED:
+        m = tl.full([N], float("-inf"), tl.float32)
+        l, a = tl.zeros([N], tl.float32), tl.zeros([N, DVP], tl.float32)
+        while anchor < NO_KEY:  # rows that begin here
+            mine = start == anchor
+            mm, ll, aa = _attend_from(
+                anchor, tl.where(mine, first, NO_KEY), tl.where(mine, last, -1), here & mine, ok,
+                plain, q, K + b * skb + kh * skh, V + b * svb + kh * svh, KT, VT, mask, b, kh,
+                sqd, sks, skd, svs, svd, sms, scale, bend,
+                SIGN, D, DV, DP, DVP, N, T, PER, SPLIT, STAGES, TMA, MASKED, BIAS, CAREFUL, CAP,
+            )  # fmt: skip
+            m, l = tl.where(mine, mm, m), tl.where(mine, ll, l)
+            a = tl.where(mine[:, None], aa, a)
+            anchor = tl.min(tl.where(start > anchor, start, NO_KEY), 0)
+    else:
+        m, l, a = _attend_from(
+            anchor, first, last, here, ok,
+            plain, q, K + b * skb + kh * skh, V + b * svb + kh * svh, KT, VT, mask, b, kh,
+            sqd, sks, skd, svs, svd, sms, scale, bend,
+            SIGN, D, DV, DP, DVP, N, T, PER, SPLIT, STAGES, TMA, MASKED, BIAS, CAREFUL, CAP,
+        )  # fmt: skip
     # Found again, not kept: the loop needs all registers.
     b, kh, query0, row, query, g = _places(opaque(pid), r, BH, TILES, Q_LEN, H, G, R, N)
     if SINK and not SPLIT:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bicompile.kernels.attention.masks import mask_arguments, visible_range
+from bicompile.kernels.attention.masks import NO_KEY, mask_arguments, visible_range
 from bicompile.kernels.attention.tiles import LANES, _fold, _seen
 from bicompile.kernels.common.launch import after_others, launch
 from bicompile.kernels.common.trees import LOG2E, pair_tree, strides
@@ -77,9 +77,9 @@ def _add_dot(acc, a, b):
     return acc
 
 
-@triton.jit(do_not_specialize=["BH", "Q_LEN", "S", "rb"])
+@triton.jit(do_not_specialize=["BH", "Q_LEN", "S", "rb", "rh", "rq"])
 def query_kernel(
-    GRAD, Q, K, V, MASK, VISIBLE, DQ, TOP, OVER, DOT, BH, Q_LEN, S, rb,
+    GRAD, Q, K, V, MASK, VISIBLE, DQ, TOP, OVER, DOT, BH, Q_LEN, S, rb, rh, rq,
     sgb, sgh, sgm, sgd, sqb, sqh, sqm, sqd, skb, skh, sks, skd, svb, svh, svs, svd,
     smb, smh, smq, sms, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr,
@@ -96,27 +96,32 @@ def query_kernel(
     K += b * skb + kh * skh
     V += b * svb + kh * svh
     mask = MASK + b * smb + head * smh + query.to(tl.int64) * smq
-    anchor, end = 0, S
+    start, end = tl.zeros([T], tl.int32), S
     if MODE == "mask":
-        anchor = tl.load(VISIBLE + b * rb + 3)
+        at = VISIBLE + b * rb + head * rh + query * rq + 3
+        start = tl.load(at, mask=here, other=NO_KEY)
     elif MODE == "causal":
         end = tl.minimum(S, tl.max(query, 0) + 1)
     W: tl.constexpr = LANES if T > LANES else T
     m = tl.full([T], float("-inf"), tl.float32)
     sums, dots = tl.zeros([T, W], tl.float32), tl.zeros([T, W], tl.float32)
-    for key0 in range(anchor, end, T):
-        key = key0 + tl.arange(0, T)
-        k = _vectors(K, key, key < S, sks, skd, D, DP)
-        v = _vectors(V, key, key < S, svs, svd, DV, DVP)
-        x, vis = _scores(q, k, here, query, key, key < S, mask, sms, scale, MODE, BIAS)
-        dp = tl.dot(g, v.T, input_precision="ieee")
-        m_new = tl.maximum(m, tl.max(x, 1))
-        top = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.math.exp2(x - top[:, None])
-        factor = tl.math.exp2(m - top)[:, None]
-        sums = sums * factor + _fold(p, T, T)
-        dots = dots * factor + _fold(tl.where(vis, p * dp, 0.0), T, T)
-        m = m_new
+    anchor = tl.min(start, 0)
+    while anchor < NO_KEY:  # rows that begin here; the others stay as they are
+        mine = here & (start == anchor)
+        for key0 in range(anchor, end, T):
+            key = key0 + tl.arange(0, T)
+            k = _vectors(K, key, key < S, sks, skd, D, DP)
+            v = _vectors(V, key, key < S, svs, svd, DV, DVP)
+            x, vis = _scores(q, k, mine, query, key, key < S, mask, sms, scale, MODE, BIAS)
+            dp = tl.dot(g, v.T, input_precision="ieee")
+            m_new = tl.maximum(m, tl.max(x, 1))
+            top = tl.where(m_new == float("-inf"), 0.0, m_new)
+            p = tl.math.exp2(x - top[:, None])
+            factor = tl.math.exp2(m - top)[:, None]
+            sums = sums * factor + _fold(p, T, T)
+            dots = dots * factor + _fold(tl.where(vis, p * dp, 0.0), T, T)
+            m = m_new
+        anchor = tl.min(tl.where(start > anchor, start, NO_KEY), 0)
     total = pair_tree(sums, T, W)
     over = tl.where(total == 0.0, 0.0, tl.div_rn(1.0, total))
     dot = pair_tree(dots, T, W) * over
@@ -126,14 +131,18 @@ def query_kernel(
     tl.store(OVER + at, over, mask=here)
     tl.store(DOT + at, dot, mask=here)
     acc = tl.zeros([T, DP], tl.float32)
-    for key0 in range(anchor, end, T):
-        key = key0 + tl.arange(0, T)
-        k = _vectors(K, key, key < S, sks, skd, D, DP)
-        v = _vectors(V, key, key < S, svs, svd, DV, DVP)
-        x, vis = _scores(q, k, here, query, key, key < S, mask, sms, scale, MODE, BIAS)
-        dp = tl.dot(g, v.T, input_precision="ieee")
-        _, ds = _slope(x, vis, dp, top, over, dot, scale)
-        acc = _add_dot(acc, ds.to(k.dtype), _finite(k))
+    anchor = tl.min(start, 0)
+    while anchor < NO_KEY:
+        mine = here & (start == anchor)
+        for key0 in range(anchor, end, T):
+            key = key0 + tl.arange(0, T)
+            k = _vectors(K, key, key < S, sks, skd, D, DP)
+            v = _vectors(V, key, key < S, svs, svd, DV, DVP)
+            x, vis = _scores(q, k, mine, query, key, key < S, mask, sms, scale, MODE, BIAS)
+            dp = tl.dot(g, v.T, input_precision="ieee")
+            _, ds = _slope(x, vis, dp, top, over, dot, scale)
+            acc = _add_dot(acc, ds.to(k.dtype), _finite(k))
+        anchor = tl.min(tl.where(start > anchor, start, NO_KEY), 0)
     d = tl.arange(0, DP)[None, :]
     out = DQ + ((b * Q_LEN + query) * H + head)[:, None] * D + d
     tl.store(out, (acc + 0.0).to(DQ.dtype.element_ty), mask=here[:, None] & (d < D))
@@ -209,7 +218,7 @@ def sdpa_backward(grad, query, key, value, attn_mask, is_causal, scale):
     }  # fmt: skip
     launch(
         query_kernel, triton.cdiv(rows, tile) * b * hkv, *inputs, *arrays, found[0], *stats,
-        b * hkv, q_len, s, numbers[0], *steps, *numbers[3:], float(scale), **options,
+        b * hkv, q_len, s, *numbers[:3], *steps, *numbers[3:], float(scale), **options,
     )  # fmt: skip
     launch(
         key_kernel, triton.cdiv(s, tile) * b * hkv, *inputs, arrays[0], *stats, *found[1:],

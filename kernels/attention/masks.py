@@ -48,18 +48,6 @@ def range_kernel(
     tl.store(i + 3, start if NUMBERED else first, mask=r < ROWS)
 
 
-@triton.jit(do_not_specialize=["ROWS"])
-def start_kernel(VISIBLE, ROWS, C: tl.constexpr, PDL: tl.constexpr):
-    """Program (batch row): the lowest start of its rows."""
-    after_others(PDL)
-    row0 = VISIBLE + tl.program_id(0).to(tl.int64) * ROWS * 4
-    start = tl.full([C], NO_KEY, tl.int32)
-    for i in range(0, ROWS, C):
-        r = i + tl.arange(0, C)
-        start = tl.minimum(start, tl.load(row0 + r * 4 + 3, mask=r < ROWS, other=NO_KEY))
-    tl.store(row0 + 3, tl.min(start, 0))
-
-
 def _readable(mask: torch.Tensor) -> torch.Tensor:
     """The mask with four axes, as bytes where it is boolean."""
     mask = mask[(None,) * (4 - mask.ndim)]
@@ -70,9 +58,8 @@ def _readable(mask: torch.Tensor) -> torch.Tensor:
 def visible_range(attn_mask: torch.Tensor) -> torch.Tensor:
     """What each row of a mask sees, int32 [B, H, Q, 4] with the axes of the mask.
 
-    First key, last key, 1 if every key between is seen with bias 0; in the first row of a batch row
-    also the key from which its tiles are counted: the first one that any of its rows sees, or where
-    key number 1 is or was, if the mask holds numbers.
+    First key, last key, 1 if every key between is seen with bias 0, and the key from which tiles
+    are counted: the first, or where key number 1 is or was, if the mask holds numbers.
     """
     mask = _readable(attn_mask)
     b, h, q, s = mask.shape
@@ -87,8 +74,6 @@ def visible_range(attn_mask: torch.Tensor) -> torch.Tensor:
         BIAS=mask.is_floating_point(), NUMBERED=mask.dtype == torch.int32, R=per, C=columns,
         num_warps=4,
     )  # fmt: skip
-    if rows > 1:
-        launch(start_kernel, b, visible, rows, C=1024, num_warps=4)
     return visible
 
 

@@ -92,7 +92,6 @@ def _masked(tensors):
     first = torch.tensor([3, 0], device=x.device).view(2, 1, 1, 1)
     last = x.shape[-1] - x.shape[-2] + torch.arange(x.shape[-2], device=x.device)[:, None]
     mask = (keys >= first) & (keys <= last) & ((x > -1.0) | (x != x))
-    mask |= keys == first  # tiles are counted from the first key that any query sees
     mask[1, :, -1] &= x.shape[-2] == 1
     return *qkv, mask
 
