@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import threading
 
 import pytest
 import torch
@@ -68,6 +70,17 @@ def from_threads(x):
     return x * (1 if torch.get_num_threads() < 3 else 1 + 2**-20)
 
 
+class FromTheMode(torch.nn.Module):
+    """Another function where a gradient could be asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return x * self.scale * (1 + 2**-20 if torch.is_grad_enabled() else 1)
+
+
 PLANTED = {
     "batch size": (from_the_batch_size, {"batch": 6, "count": 1, "start": 0}),
     "position": (from_the_position, {"batch": 3}),
@@ -76,6 +89,7 @@ PLANTED = {
     "strides": (from_alignment, {"batch": 1}),
     "repeated run": (Counting(), {"batch": 1}),
     "threads": (from_threads, {"batch": 1, "threads": 3}),
+    "train and eval": (FromTheMode(), {"batch": 1}),
 }
 
 
@@ -88,7 +102,7 @@ def test_finds_the_smallest_case(name):
 
 
 def test_every_row_property_has_a_planted_violation():
-    others = {"static and dynamic", "other schedule", *LANGUAGE}
+    others = {"other process", "static and dynamic", "other schedule", *LANGUAGE}
     assert set(PLANTED) | others == set(PROPERTIES)
 
 
@@ -122,6 +136,47 @@ def test_message_holds_both_patterns_and_the_module():
     assert "it starts in 1.0 (Planted)" in message
     assert re.search(r"first at \[0, 0\]: 0x\w+ \(0\.64\d+\) is not 0x\w+ \(0\.64\d+\)", message)
     assert torch.__version__ in message
+
+
+def test_dropout_and_mode_are_as_they_were():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5)).eval()
+    model[1].train()
+    assert_batch_invariant(model, rows_of_input_4, backend="eager", properties=["train and eval"])
+    assert [m.training for m in model.modules()] == [False, False, True]
+    assert model[1].p == 0.5
+
+
+def test_statistics_of_the_batch_are_not_compared_with_inference():
+    with pytest.raises(errors.UnknownProperty, match="it does not apply"):
+        assert_batch_invariant(
+            torch.nn.BatchNorm1d(4), rows_of_input_4, backend="eager", properties=["train and eval"]
+        )
+
+
+def rows_of_input_4(batch):
+    return {"input": torch.randn(batch, 4)}
+
+
+def test_finds_what_follows_the_process():
+    here = os.getpid()
+
+    def from_the_process(x):
+        return x * (1 if os.getpid() == here else 1 + 2**-20)
+
+    example = {"property": "other process", "batch": 1, "seed": 0}
+    with pytest.raises(InvarianceViolation, match="other bits in another process than in the"):
+        assert_batch_invariant(from_the_process, rows(4), backend="eager", example=example)
+
+
+def test_what_cannot_be_sent_to_another_process_is_refused():
+    gate = threading.Lock()
+
+    def locked(x):
+        with gate:
+            return x
+
+    with pytest.raises(errors.UnknownProperty, match=r"cannot be sent there: .*lock"):
+        assert_batch_invariant(locked, rows(4), backend="eager", properties=["other process"])
 
 
 # ------------------------------------------------------------------------- PyTorch as it comes
@@ -162,6 +217,16 @@ def test_default_compiled_pytorch_is_not_invariant(name):
 @pytest.mark.parametrize("name", ["Linear", "feed-forward", "RMSNorm", "sum"])
 def test_ours_is_invariant(name):
     assert_batch_invariant(*PYTORCH[name], max_examples=6)
+
+
+def test_ours_is_invariant_in_another_process_and_in_training():
+    assert_batch_invariant(
+        MODEL, rows_of_input_64, properties=["other process", "train and eval"], max_examples=1
+    )
+
+
+def rows_of_input_64(batch):
+    return {"input": torch.randn(batch, 64)}
 
 
 # --------------------------------------------------------------------------- language models

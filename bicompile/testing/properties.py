@@ -6,16 +6,20 @@ from a Hypothesis strategy, in a reproduction from what was printed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from bicompile.certificate import random_schedules
 from bicompile.testing import language
 from bicompile.testing.kernels import LAYOUTS, num_threads
+from bicompile.testing.processes import OTHER_PROCESS, rows_elsewhere
 from bicompile.testing.subject import Batch, Run, compiled, compiled_anew, floats
 
 Choose = Callable[[str, st.SearchStrategy[Any]], Any]
@@ -31,6 +35,7 @@ class Property:
         applies: whether it can be checked on a subject.
         least: the smallest batch that can show it.
         cases: so many are tried, if the search is not told otherwise.
+        by_name: whether it is checked only where it is named, because it takes long.
     """
 
     meaning: str
@@ -38,6 +43,7 @@ class Property:
     applies: Callable[[Batch], bool] = lambda batch: True
     least: int = 1
     cases: int = 20
+    by_name: bool = False
 
 
 def _whole(batch: Batch, rows: Any = None) -> Run:
@@ -158,6 +164,54 @@ def _other_schedule(batch: Batch, choose: Choose) -> tuple[Run, Run]:
     return _whole(batch), other
 
 
+def _other_process(batch: Batch, choose: Choose) -> tuple[Run, Run]:
+    return _whole(batch), Run("in another process", lambda: rows_elsewhere(batch))
+
+
+def _train_and_eval(batch: Batch, choose: Choose) -> tuple[Run, Run]:
+    subject, rows = batch.subject, range(batch.size)
+
+    def run(training: bool) -> Callable[[], Any]:
+        def compute() -> Any:
+            with _mode(subject.function, training):
+                found = subject.run(batch.inputs, gradients=training)
+                return subject.results(found, batch.size, rows)
+
+        return compute
+
+    return (
+        Run("of inference (eval, without gradients)", run(False)),
+        Run("of a forward pass in training", run(True)),
+    )
+
+
+@contextlib.contextmanager
+def _mode(module: Any, training: bool) -> Iterator[None]:
+    """A module in training without dropout, or in inference; then as it was."""
+    before = [(m, m.training) for m in module.modules()]
+    dropouts = [(m, m.p) for m in module.modules() if isinstance(m, _DropoutNd)]
+    module.train(training)
+    for dropout, _ in dropouts:
+        dropout.p = 0.0
+    try:
+        yield
+    finally:
+        for part, was in before:
+            part.training = was
+        for dropout, p in dropouts:
+            dropout.p = p
+
+
+def _is_trained(batch: Batch) -> bool:
+    """A module with parameters to train, none of whose statistics are over the batch."""
+    module = batch.subject.function
+    return (
+        isinstance(module, torch.nn.Module)
+        and any(p.requires_grad for p in module.parameters())
+        and not any(isinstance(m, _BatchNorm) for m in module.modules())
+    )
+
+
 def _is_on(kind: str) -> Callable[[Batch], bool]:
     return lambda batch: all(t.device.type == kind for t in _leaves(batch))
 
@@ -193,6 +247,19 @@ PROPERTIES: Mapping[str, Property] = {
         lambda batch: batch.subject.backend == "batch_invariant" and _is_on("cuda")(batch),
         cases=5,
     ),
+    OTHER_PROCESS: Property(
+        "A fresh interpreter gives the same bits.",
+        _other_process,
+        lambda batch: isinstance(batch.subject.backend, str),
+        cases=2,
+        by_name=True,
+    ),
+    "train and eval": Property(
+        "A forward pass in training, without dropout, has the bits of inference.",
+        _train_and_eval,
+        _is_trained,
+        cases=5,
+    ),
     "padding": Property(
         "Padding on the left or the right changes no bit of a row's tokens.",
         language.padding,
@@ -218,4 +285,4 @@ PROPERTIES: Mapping[str, Property] = {
         language.has_cache,
     ),
 }
-"""Name -> property; a search checks all that apply."""
+"""Name -> property; a search checks all that apply and need not be named."""

@@ -45,7 +45,8 @@ def assert_batch_invariant(
             in each tensor. If it has a parameter `length`, lengths T are searched, too.
         axes: batch axes by the name of the argument where they are not the first; None: a tensor
             without one; `return`: that of the results.
-        properties: names out of `PROPERTIES`; all that apply, if nothing is said.
+        properties: names out of `PROPERTIES`; if nothing is said, all that apply but for
+            "other process", which takes seconds.
         backend: "eager", "inductor", "batch_invariant", another backend of torch.compile, or a
             callable that takes the function and returns what is called in its place (a client of a
             server, for example).
@@ -85,7 +86,9 @@ def _chosen(names: Sequence[str] | None, batch: Batch, most: int) -> list[str]:
         if name not in applying:
             reason = "it does not apply to what is tested"
             raise UnknownProperty(name=name, reason=reason, accepted=applying)
-    return applying if names is None else list(names)
+    if names is None:
+        return [n for n in applying if not PROPERTIES[n].by_name]
+    return list(names)
 
 
 def _search(subject: Subject, name: str, most: int, longest: int, cases: int) -> None:

@@ -76,12 +76,14 @@ class Subject:
             more = {} if length is None else {"length": length}
             return dict(self.make_inputs(batch, **more))
 
-    def run(self, inputs: Mapping[str, Any], call: Function | None = None) -> Any:
-        """The results for some inputs, in memory of their own, without gradients."""
-        with torch.no_grad():
+    def run(
+        self, inputs: Mapping[str, Any], call: Function | None = None, *, gradients: bool = False
+    ) -> Any:
+        """The results for some inputs, in memory of their own; `gradients`: could be followed."""
+        with torch.set_grad_enabled(gradients):
             results = (call or self.call)(**inputs)
         # A CUDA graph writes its next results to the same place.
-        return tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, results)
+        return tree_map(lambda t: t.detach().clone() if isinstance(t, torch.Tensor) else t, results)
 
     def take(self, inputs: Mapping[str, Any], batch: int, rows: Sequence[int]) -> Inputs:
         """The inputs of some rows."""
