@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from bicompile.testing.subject import Batch, Function, Run, Subject, first_modul
 
 SIZES = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33)
 LENGTHS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
+PROFILES: Mapping[str, float] = {"dev": 0.25, "ci": 1, "soak": 25}
+"""Profile -> how many times the usual number of cases are tried."""
 Example = Mapping[str, Any]
 
 
@@ -31,6 +34,7 @@ def assert_batch_invariant(
     max_batch_size: int = 33,
     max_length: int = 257,
     max_examples: int | None = None,
+    profile: str = "ci",
     example: Example | None = None,
 ) -> None:
     """Search for an input with which a row's bits follow anything but the row; raise if it exists.
@@ -53,6 +57,7 @@ def assert_batch_invariant(
         max_batch_size: the largest B.
         max_length: the largest T.
         max_examples: so many cases of each property; what `PROPERTIES` says, if nothing is said.
+        profile: "ci": so many; "dev": a quarter of them; "soak": 25 times as many.
         example: only this one, as the message of a violation prints it.
 
     Raises:
@@ -73,7 +78,7 @@ def assert_batch_invariant(
             return
         smallest = Batch.made(subject, 1, 0, 1 if subject.takes_length else None)
         for name in _chosen(properties, smallest, max_batch_size):
-            cases = max_examples or PROPERTIES[name].cases
+            cases = max_examples or math.ceil(PROPERTIES[name].cases * PROFILES[profile])
             _search(subject, name, max_batch_size, max_length, cases)
 
 
