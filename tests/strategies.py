@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from bicompile.testing import make_sample
+from bicompile.testing.contents import CONTENTS
 
 BOUNDARIES = (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
 WIDE = (*BOUNDARIES, 255, 256, 257, 511, 512, 513, 1000, 1023, 1024, 1025, 2049)
@@ -50,4 +51,5 @@ def samples(draw, kernel, dtype, device="cpu"):
         device=device,
         absent=tuple(absent),
         float_mask=bool(case.masks) and draw(st.booleans(), label="float mask"),
+        contents=draw(st.sampled_from(sorted(CONTENTS)), label="contents"),
     )

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from bicompile import registry, testing
+from bicompile.testing.contents import CONTENTS
 
 KERNELS = registry.load_all()
 
@@ -277,3 +278,39 @@ def test_an_honest_stand_in_passes(kernel, honest, sizes):
 
 def test_there_are_enough_canaries():
     assert len(CANARIES) >= 20
+
+
+def in_double(x, lanes):
+    """`lanes_sum` in double."""
+    parts = F.pad(x.double(), (0, -x.shape[-1] % lanes)).unflatten(-1, (-1, lanes))
+    acc = torch.zeros_like(parts[..., 0, :])
+    for step in parts.unbind(-2):
+        acc = acc + step
+    return acc.sum(-1).float()
+
+
+def test_the_order_of_sums_in_double_is_seen():
+    """Ordinary numbers may hide it behind the rounding to float32; terms that cancel do not."""
+
+    def lanes_follow_the_rows(x, dim, keepdim, dtype):
+        return in_double(x.movedim(dim[0], -1), 16 if len(x) > 3 else 8).to(dtype)
+
+    kernel = KERNELS["sum"]
+    seen = set()
+    for contents in ("mixed", "cancelling"):
+        sample = testing.make_sample(
+            kernel, kernel.contract.cases[0], torch.float32, {"M": 9, "K": 300}, contents=contents
+        )
+        try:
+            testing.rows_do_not_depend_on_the_batch(lanes_follow_the_rows, sample)
+        except testing.InvarianceViolation:
+            seen.add(contents)
+    assert "cancelling" in seen
+
+
+@pytest.mark.parametrize("contents", CONTENTS)
+def test_contents_fit_every_shape(contents):
+    generator = torch.Generator().manual_seed(0)
+    for shape, axis in (([3, 40], 1), ([0, 5], 1), ([4, 2], 1), ([7], None), ([33, 2], 0)):
+        x = CONTENTS[contents](shape, axis, generator)
+        assert [*x.shape] == shape and x.dtype is torch.float32 and not x.isnan().any()

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from bicompile.contract import Case, TensorArg, Window, single
+from bicompile.contract import ROLES, Case, Role, TensorArg, Window, single
 from bicompile.registry import Kernel
 from bicompile.testing.bits import assert_same_bits, outputs
+from bicompile.testing.contents import CONTENTS
 
 Op = Callable[..., Any]
 
@@ -91,8 +92,9 @@ def make_sample(
     device: str = "cpu",
     absent: tuple[str, ...] = (),
     float_mask: bool = False,
+    contents: str = "mixed",
 ) -> Sample:
-    """Draw the tensors of a call: values of mixed magnitude, with cancellation and exact zeros."""
+    """Draw the tensors of a call; `contents` names one of `testing.contents.CONTENTS`."""
     generator = torch.Generator().manual_seed(seed)
     sizes = dict(sizes)
     if isinstance(groups := case.params.get("groups"), int):
@@ -119,11 +121,15 @@ def make_sample(
             additive = torch.where(visible, torch.randn(shape, generator=generator), -torch.inf)
             tensors[arg.name] = (additive.to(dtype) if float_mask else visible).to(device)
         else:
-            x = torch.randn(shape, generator=generator)
-            scale = torch.exp(torch.randn(shape, generator=generator))
-            x = torch.where(torch.rand(shape, generator=generator) < 0.05, 0.0, x * scale)
+            x = CONTENTS[contents](shape, _summed(arg), generator)
             tensors[arg.name] = x.to(device, dtype)
     return Sample(kernel, case, dtype, sizes, tensors)
+
+
+def _summed(arg: TensorArg) -> int | None:
+    """The first axis of a tensor that is summed over."""
+    roles = [ROLES.get(both.split("*")[-1][0]) for both in arg.axes]
+    return roles.index(Role.REDUCED) if Role.REDUCED in roles else None
 
 
 # ------------------------------------------------------------------------------------ properties
