@@ -1,7 +1,7 @@
 """bicompile: a torch.compile backend that gives each row the same bits, whatever else is there.
 
 Public names: the backend ``"batch_invariant"`` of torch.compile, `compile`, `explain`, `compare`,
-`bisect`, `errors` and `independence`.
+`bisect`, `register_op`, `errors` and `independence`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "bisect", "compare", "compile", "errors", "explain", "independence"]
+__all__ = [
+    "__version__",
+    "bisect",
+    "compare",
+    "compile",
+    "errors",
+    "explain",
+    "independence",
+    "register_op",
+]
 
 if TYPE_CHECKING:
     from bicompile import errors, independence
@@ -17,12 +26,14 @@ if TYPE_CHECKING:
     from bicompile.bisector import bisect
     from bicompile.comparison import compare
     from bicompile.explainer import explain
+    from bicompile.registry import register_op
 
 _HOMES = {
     "compile": "api",
     "explain": "explainer",
     "compare": "comparison",
     "bisect": "bisector",
+    "register_op": "registry",
 }
 
 

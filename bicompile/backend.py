@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from bicompile import ahead, artifacts, capture, inductor, native
 from bicompile.options import Options
 from bicompile.pipeline import OPTIONAL, Run, run_pipeline
+from bicompile.registry import OTHERS
 from bicompile.report import REPORTS, Report, digest
 
 capture.configure()
@@ -113,11 +114,12 @@ def _compile(
 def _stamp(mode: str | None, options: Options) -> str:
     """What a compiled graph depends on besides the graph; part of the key of Inductor's caches."""
     precision = torch.get_float32_matmul_precision()
-    return digest([_source_hash(), repr(options), str(mode), precision])
+    others = sorted(repr((k.name, k.contract)) for k in OTHERS.values())
+    return digest([source_hash(), repr(options), str(mode), precision, *others])
 
 
 @functools.cache
-def _source_hash() -> str:
+def source_hash() -> str:
     """Digest of every source file of the package, passes and kernels included."""
     root = Path(__file__).parent
     folders = (root, root / "kernels", root / "passes")

@@ -322,6 +322,21 @@ class UnknownProperty(BicompileError):
     next = "see docs/testing.md for what each property means and where it applies"
 
 
+class UnknownSubject(BicompileError):
+    """An op or model to be searched is not known."""
+
+    what = "there is no op or model '{name}' to search"
+    accepts = "{accepted}"
+    next = "correct the name; for ops of your own, name the module that registers them with --load"
+
+
+class StateDiffers(BicompileError):
+    """A search that was interrupted is to be continued by another program."""
+
+    what = "the cases in {file} are not of this program: {differences}"
+    next = "name another file with --state, or remove this one: what it holds says nothing here"
+
+
 class NoBatchAxis(BicompileError):
     """A result of a function whose rows are to be compared has no axis of the batch."""
 

@@ -20,7 +20,7 @@ import torch
 
 from bicompile.certificate import one_schedule
 from bicompile.contract import Case, Contract
-from bicompile.errors import RegistrationError
+from bicompile.errors import RegistrationError, UnknownSubject
 
 _LIBRARY = torch.library.Library("bicompile", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
@@ -38,6 +38,7 @@ class Kernel:
         eager: PyTorch's own op with the same arguments, which accuracy and speed are held against.
         order: how the terms of one output element are combined, in one line.
         fake: shapes of the result; derived from the contract where every case has the same rank.
+        target: the op itself, where it is not one of ours (`register_op`).
     """
 
     name: str
@@ -47,6 +48,7 @@ class Kernel:
     eager: Callable[..., Any]
     order: str
     fake: Callable[..., Any] | None = None
+    target: torch._ops.OpOverload | None = None
 
     @property
     def family(self) -> str:
@@ -56,6 +58,8 @@ class Kernel:
     @property
     def op(self) -> torch._ops.OpOverload:
         """The op as it stands in a graph."""
+        if self.target is not None:
+            return self.target
         overload: torch._ops.OpOverload = getattr(torch.ops.bicompile, self.name).default
         return overload
 
@@ -68,6 +72,9 @@ class Kernel:
 
 _KERNELS: dict[str, Kernel] = {}
 KERNELS: Mapping[str, Kernel] = MappingProxyType(_KERNELS)
+_OTHERS: dict[torch._ops.OpOverload, Kernel] = {}
+OTHERS: Mapping[torch._ops.OpOverload, Kernel] = MappingProxyType(_OTHERS)
+"""Ops of other packages that were registered with a contract."""
 _OPS: dict[str, Kernel] = {}
 OPS: Mapping[str, Kernel] = MappingProxyType(_OPS)
 """Name of an op of ours -> the kernel that it is, or is a part of."""
@@ -88,6 +95,73 @@ def register(kernel: Kernel) -> Kernel:
     define_part(kernel, kernel.name, kernel.schema, fake)
     _KERNELS[kernel.name] = kernel
     return kernel
+
+
+def register_op(
+    op: torch._ops.OpOverload | torch._ops.OpOverloadPacket,
+    contract: Contract | str,
+    *,
+    order: str,
+    reference: Callable[..., Any] | None = None,
+) -> Kernel:
+    """State what an op of your own promises, so that graphs may hold it and its laws are tested.
+
+    The backend believes the contract: rows of every ROW axis are independent, in bits, of all else.
+    `bicompile.testing.assert_op_invariant` and ``bicompile soak --load MODULE`` hold the op to it.
+
+    Args:
+        op: as in ``torch.ops.mine.scale``; of `torch.library`, with a fake implementation.
+        contract: of its tensors, by the names of its schema; a signature is a contract of one case
+            in float32, bfloat16 and float16.
+        order: how the terms of one output element are combined, in one line.
+        reference: the obvious implementation, for float64 tensors; the op itself, if there is none.
+
+    Raises:
+        RegistrationError: the op is registered, or the contract does not fit its schema.
+
+    Example:
+        >>> @torch.library.custom_op("doctest::twice", mutates_args=())
+        ... def twice(x: torch.Tensor) -> torch.Tensor:
+        ...     return x * 2
+        >>> register_op(torch.ops.doctest.twice, "x: M K -> M K", order="no sum").name
+        'doctest::twice'
+    """
+    target = op.default if isinstance(op, torch._ops.OpOverloadPacket) else op
+    name = target._schema.name
+    if target in _OTHERS or target.namespace == "bicompile":
+        raise RegistrationError(name=name, reason="it is registered")
+    if isinstance(contract, str):
+        contract = Contract((Case(contract),))
+    for case in contract.cases:
+        _check_arguments(target, case)
+    own = reference or target
+    kernel = Kernel(name, str(target._schema), contract, own, target, order, target=target)
+    _OTHERS[target] = kernel
+    return kernel
+
+
+def _check_arguments(op: torch._ops.OpOverload, case: Case) -> None:
+    known = {a.name: a for a in op._schema.arguments}
+    given = {arg.name for arg in case.inputs} | set(case.params)
+    for name in sorted(given - set(known)):
+        reason = f"its contract names {name!r}, its schema has {', '.join(known)}"
+        raise RegistrationError(name=op._schema.name, reason=reason)
+    for name, argument in known.items():
+        if name not in given and not argument.has_default_value():
+            reason = f"its contract says nothing of the argument {name!r}"
+            raise RegistrationError(name=op._schema.name, reason=reason)
+
+
+def find(name: str) -> Kernel:
+    """The kernel of an op, ours by its name or another's as ``namespace::name``.
+
+    Raises:
+        UnknownSubject: there is none.
+    """
+    named = {**KERNELS, **{kernel.name: kernel for kernel in OTHERS.values()}}
+    if name not in named:
+        raise UnknownSubject(name=name, accepted=sorted(named))
+    return named[name]
 
 
 def define_part(kernel: Kernel, name: str, schema: str, fake: Callable[..., Any]) -> None:

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 from bicompile.errors import RandomOp, UnsupportedGradient, UnsupportedOp
 from bicompile.graph import describe_call, user_line, value
+from bicompile.registry import OTHERS
 from bicompile.report import Verdict
 
 ALLOWED: dict[str, tuple[str, frozenset[str]]] = {
@@ -174,6 +175,8 @@ def reason_to_stay(node: Node) -> str | None:
         if getattr(node.target, "__module__", "") in _MODULES_OF_SIZE_ARITHMETIC:
             return "arithmetic on sizes"
         return "its graph is audited by itself" if name in _WRAPPERS else None
+    if (other := OTHERS.get(node.target)) is not None:
+        return f"registered with a contract: {other.order}"
     if node.target.namespace not in ("aten", "prims", "prim", "inductor_prims"):
         return None
     for kind, (reason, names) in ALLOWED.items():

@@ -6,28 +6,7 @@ from hypothesis import strategies as st
 
 from bicompile.testing import make_sample
 from bicompile.testing.contents import CONTENTS
-
-BOUNDARIES = (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
-WIDE = (*BOUNDARIES, 255, 256, 257, 511, 512, 513, 1000, 1023, 1024, 1025, 2049)
-ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 33)
-SMALL = (1, 2, 3, 4)
-
-
-def axis_sizes(axis: str, crowded: bool, windows: int):
-    """Sizes of an axis; `crowded` keeps calls with many axes small, and so do several windows."""
-    if axis[0] == "I":
-        return st.sampled_from((1, 2, 7, 16, 33, 130) if windows == 1 else (1, 2, 5, 9, 17))
-    if axis[0] == "W":
-        return st.sampled_from((1, 2, 3, 7))
-    if windows and axis[0] == "N":
-        return st.sampled_from((*SMALL, 5, 17))
-    if axis[0] in "BHC":
-        return st.sampled_from(SMALL)
-    if axis[0] in "KS":
-        return st.sampled_from(BOUNDARIES if crowded else WIDE)
-    if axis[0] == "D":
-        return st.sampled_from((1, 3, 8, 16, 33, 64, 80))
-    return st.sampled_from(SMALL if crowded else ROWS)
+from bicompile.testing.sizes import axis_sizes
 
 
 @st.composite
@@ -36,7 +15,11 @@ def samples(draw, kernel, dtype, device="cpu"):
     case = draw(st.sampled_from(kernel.contract.cases), label="case")
     crowded = len(case.axes) > 3
     windows = len(case.windows)
-    sizes = {a: draw(axis_sizes(a, crowded, windows), label=a) for a in case.axes if a != "1"}
+    sizes = {
+        a: draw(st.sampled_from(axis_sizes(a, crowded, windows)), label=a)
+        for a in case.axes
+        if a != "1"
+    }
     if isinstance(groups := case.params.get("groups"), int):
         sizes["G"] = groups
     optional = [arg.name for arg in case.inputs if arg.optional]

@@ -68,6 +68,12 @@ def test_testing_shows_real_output():
     assert words(blocks(page, "")[0].strip()) == words(str(caught.value))
 
 
+def test_programs_about_testing_run():
+    """But for the first, which fails and is compared above."""
+    for block in blocks((ROOT / "docs" / "testing.md").read_text(), "python")[1:]:
+        execute("-c", block)
+
+
 def test_readme_states_the_measured_cost():
     """In the order of the sentence: decoding at batch 1, then 16, each in bfloat16 and float32."""
     tables = json.loads((ROOT / "docs" / "bench-cpu.json").read_text())["tables"]

@@ -213,6 +213,11 @@ TEXTS = {
     errors.LostDecision: ({"node": "mm", "op": "aten.mm.default"}, "became of mm (aten.mm"),
     errors.CoverageUnavailable: ({"missing": "pebble"}, "pebble is not installed"),
     errors.RegistrationError: ({"name": "mm", "reason": "taken"}, "cannot register mm: taken"),
+    errors.UnknownSubject: ({"name": "nm", "accepted": ["mm"]}, "no op or model 'nm'"),
+    errors.StateDiffers: (
+        {"file": "a.db", "differences": "torch: 1, here 2"},
+        "in a.db are not of this program: torch: 1, here 2",
+    ),
 }
 
 

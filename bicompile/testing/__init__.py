@@ -9,9 +9,10 @@
 
     assert_batch_invariant(torch.nn.RMSNorm(4096).bfloat16(), make_inputs, backend="inductor")
 
-Which properties there are stands in `bicompile.testing.PROPERTIES` and in docs/testing.md; what the
-registered kernels are held to in `bicompile.testing.kernels`.  The search needs Hypothesis, which
-the extra `testing` brings; nothing else here does.
+`assert_op_invariant` tests one op against its contract.  Which properties there are stands in
+`bicompile.testing.PROPERTIES` and in docs/testing.md; what ops are held to in
+`bicompile.testing.kernels`.  The search needs Hypothesis, which the extra `testing` brings; nothing
+else here does.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from bicompile.testing.kernels import (
 )
 
 if TYPE_CHECKING:
+    from bicompile.testing.plan import assert_op_invariant
     from bicompile.testing.properties import PROPERTIES
     from bicompile.testing.search import assert_batch_invariant
 
@@ -50,6 +52,7 @@ __all__ = [
     "InvarianceViolation",
     "Sample",
     "assert_batch_invariant",
+    "assert_op_invariant",
     "assert_same_bits",
     "bits",
     "bits_do_not_depend_on_layout",
@@ -65,7 +68,11 @@ __all__ = [
     "ulps",
 ]
 
-_HOMES = {"PROPERTIES": "properties", "assert_batch_invariant": "search"}
+_HOMES = {
+    "PROPERTIES": "properties",
+    "assert_batch_invariant": "search",
+    "assert_op_invariant": "plan",
+}
 
 
 def __getattr__(name: str) -> Any:
