@@ -21,6 +21,7 @@ COMMANDS = {
     "bisect": "bicompile.bisect_command",
     "verify": "bicompile.verify",
     "coverage": "bicompile.coverage",
+    "soak": "bicompile.soak",
 }
 """Subcommand -> module; the first line of the module's docstring is the help text."""
 

@@ -150,6 +150,7 @@ def parts_about_commands():
         "explain": (ROOT / "docs" / "explain.md").read_text(),
         "verify": (ROOT / "docs" / "schedules.md").read_text(),
         "coverage": (ROOT / "docs" / "coverage.md").read_text(),
+        "soak": (ROOT / "docs" / "testing.md").read_text(),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as seed_of
 from hypothesis import strategies as st
 
 from bicompile.capture import any_number_of_recompilations
@@ -76,28 +77,47 @@ def assert_batch_invariant(
         if example is not None:
             _replay(subject, example)
             return
-        smallest = Batch.made(subject, 1, 0, 1 if subject.takes_length else None)
-        for name in _chosen(properties, smallest, max_batch_size):
+        for name in _chosen(properties, subject, max_batch_size):
             cases = max_examples or math.ceil(PROPERTIES[name].cases * PROFILES[profile])
-            _search(subject, name, max_batch_size, max_length, cases)
+            search(subject, name, most=max_batch_size, longest=max_length, cases=cases)
 
 
-def _chosen(names: Sequence[str] | None, batch: Batch, most: int) -> list[str]:
-    """The properties that are named, or all that apply to batches of up to `most` rows."""
-    applying = [n for n, p in PROPERTIES.items() if p.least <= most and p.applies(batch)]
+def _chosen(names: Sequence[str] | None, subject: Subject, most: int) -> list[str]:
+    """The properties that are named, or all that apply and need not be named."""
+    found = applying(subject, most)
     for name in names or ():
         if name not in PROPERTIES:
             raise UnknownProperty(name=name, reason="there is none", accepted=list(PROPERTIES))
-        if name not in applying:
+        if name not in found:
             reason = "it does not apply to what is tested"
-            raise UnknownProperty(name=name, reason=reason, accepted=applying)
+            raise UnknownProperty(name=name, reason=reason, accepted=found)
     if names is None:
-        return [n for n in applying if not PROPERTIES[n].by_name]
+        return [n for n in found if not PROPERTIES[n].by_name]
     return list(names)
 
 
-def _search(subject: Subject, name: str, most: int, longest: int, cases: int) -> None:
-    """Try so many cases of a property; the last that is tried after a failure is the smallest."""
+def applying(subject: Subject, most: int) -> list[str]:
+    """The properties that apply to batches of up to `most` rows."""
+    batch = Batch.made(subject, 1, 0, 1 if subject.takes_length else None)
+    return [n for n, p in PROPERTIES.items() if p.least <= most and p.applies(batch)]
+
+
+def search(
+    subject: Subject, name: str, *, most: int, longest: int, cases: int, draws: int | None = None
+) -> None:
+    """Try so many cases of a property; the last that is tried after a failure is the smallest.
+
+    Args:
+        subject: what is tested.
+        name: of the property.
+        most: the largest batch.
+        longest: the largest length.
+        cases: so many are tried.
+        draws: which ones: the same for the same number; None stands for one more such number.
+
+    Raises:
+        InvarianceViolation: two computations of a row have other bits.
+    """
     least = PROPERTIES[name].least
     sizes = st.sampled_from([n for n in SIZES if least <= n <= most] or [most])
     lengths = st.sampled_from([n for n in LENGTHS if n <= longest] or [longest])
@@ -106,7 +126,7 @@ def _search(subject: Subject, name: str, most: int, longest: int, cases: int) ->
         max_examples=cases,
         deadline=None,
         database=None,
-        derandomize=True,
+        derandomize=draws is None,
         report_multiple_bugs=False,
         print_blob=False,
         phases=(Phase.generate, Phase.shrink),
@@ -128,7 +148,7 @@ def _search(subject: Subject, name: str, most: int, longest: int, cases: int) ->
         _compare(subject, PROPERTIES[name], drawn, choose)
 
     try:
-        attempt()
+        (attempt if draws is None else seed_of(draws)(attempt))()
     except (InvarianceViolation, BicompileError) as error:
         error.__notes__ = []  # what Hypothesis adds speaks of its own draws
         raise
