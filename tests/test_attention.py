@@ -163,6 +163,40 @@ def test_a_window_that_rolls_is_the_whole(device, dtype, data):
 
 
 @each_device
+@each_dtype
+def test_each_head_has_its_mask(device, dtype):
+    """Also where several heads share their keys."""
+    p = Problem(dtype, device, 33)
+    generator = torch.Generator().manual_seed(1)
+    mask = (torch.rand(1, 4, 33, 33, generator=generator) < 0.7).to(device)
+    whole = p.run(p.q, p.k, p.v, mask)
+    for head in range(4):
+        one, of = slice(head, head + 1), slice(head // 2, head // 2 + 1)
+        alone = p.run(p.q[:, one], p.k[:, of], p.v[:, of], mask[:, one])
+        testing.assert_same_bits(alone, whole[:, one], f"head {head} alone")
+
+
+@each_device
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_long_windows_do_not_see_each_other(device, dtype):
+    """Rows that begin at different keys, and see more of them than any block or chunk has."""
+    length, window = 1300, 700
+    p = Problem(dtype, device, length, heads=2, groups=1)
+    key = torch.arange(length, device=device)
+    queries = torch.tensor([699, 760, 1023, 1299], device=device)
+    last = queries[:, None]
+    numbers = torch.where((key <= last) & (key > last - window), key + 1, 0).int()
+    q = p.q[:, :, queries]
+    whole = p.run(q, p.k, p.v, numbers)
+    for i, end in enumerate(queries.tolist()):
+        alone = p.run(q[:, :, i : i + 1], p.k, p.v, numbers[i : i + 1])
+        testing.assert_same_bits(alone, whole[:, :, i : i + 1], f"query {end} alone")
+        seen = slice(end - window + 1, end + 1)
+        cut = p.run(q[:, :, i : i + 1], p.k[:, :, seen], p.v[:, :, seen], numbers[i : i + 1, seen])
+        testing.assert_same_bits(cut, whole[:, :, i : i + 1], f"query {end} and its keys alone")
+
+
+@each_device
 @pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 24), (torch.float32, 80)])
 def test_value_size_may_differ(device, dtype, size):
     q, k = torch.randn(2, 4, 5, size), torch.randn(2, 2, 9, size)

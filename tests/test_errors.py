@@ -83,6 +83,11 @@ def test_batch_statistics():
     run(nn.BatchNorm1d(8).eval(), X)
 
 
+def test_batch_statistics_that_are_not_kept():
+    with pytest.raises(errors.BatchStatistics):
+        run(lambda x: F.batch_norm(x, None, None, training=True), torch.randn(3, 4, 5))
+
+
 def test_batch_statistics_of_the_op_of_export():
     stats = [torch.ones(8) for _ in range(4)]
     with pytest.raises(errors.BatchStatistics, match="_batch_norm_with_update"):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from rewriting import count, rewrite, x
 
 import bicompile
-from bicompile import registry, testing
+from bicompile import native, registry, testing
 
 KERNELS = registry.load_all()
 JOINED, WHOLE = KERNELS["log_softmax_gather"].op, KERNELS["log_softmax"].op
@@ -66,6 +66,11 @@ def test_is_not_joined(function):
     gm, _, result, expected = rewrite(function, x(2, 5, 37), TOKENS)
     assert count(gm, JOINED) == 0
     torch.testing.assert_close(result, expected)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _native():
+    native.load()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -94,6 +94,19 @@ def transposed(t, w, h):
     return F.linear(t, w) + h.transpose(1, 2)
 
 
+def scaled(t, w, h):
+    return torch.add(h, F.linear(t, w), alpha=3)
+
+
+def one_gate_for_all(t, gate, up):
+    return F.silu(F.linear(t, gate)) * F.linear(t, up)
+
+
+def nearly_silu(t, gate, up):
+    h = F.linear(t, gate)
+    return h / (torch.exp(-h) + 2) * F.linear(t, up)
+
+
 def depends(t, q, k):
     """The third weight comes from the first product."""
     first = t @ q
@@ -111,6 +124,9 @@ def pair(t, q, k):
         (other_input, ((40, 24), (40, 24))),
         (broadcast, ((40, 24), (40,))),
         (transposed, ((40, 24), (2, 40, 5))),
+        (scaled, ((40, 24), (2, 5, 40))),
+        (one_gate_for_all, ((1, 24), (40, 24))),
+        (nearly_silu, ((40, 24), (40, 24))),
     ],
 )
 def test_is_left_alone(function, shapes):
@@ -120,7 +136,24 @@ def test_is_left_alone(function, shapes):
     torch.testing.assert_close(ours, true)
 
 
-@pytest.mark.parametrize("function", [depends, pair])
+def three_inputs(t, q, k):
+    return t @ q, (t + 1) @ k, (t + 2) @ k
+
+
+def with_factors(t, q, k):
+    bias = t[0]
+    return [torch.addmm(bias, t, w, beta=0.5, alpha=2) for w in (q, k, q)]
+
+
+def test_a_residual_of_another_dtype_is_added_apart():
+    t, w, h = x(2, 5, 24).bfloat16(), x(40, 24).bfloat16(), x(2, 5, 40)
+    gm, _, ours, true = rewrite(residual, t, w, h)
+    assert count(gm, OPS["mm_add"]) == 0
+    assert ours.dtype is true.dtype is torch.float32
+    torch.testing.assert_close(ours, true, rtol=1e-2, atol=1e-1)
+
+
+@pytest.mark.parametrize("function", [depends, pair, three_inputs, with_factors])
 def test_products_that_do_not_stand_side_by_side(function):
     gm, _, ours, true = rewrite(function, x(24, 24), *weights(torch.float32, (24, 24), (24, 24)))
     assert count(gm, OPS["qkv_proj"]) == 0

@@ -112,11 +112,37 @@ def query_is_needed_first(q, k, wq, wk, cos, sin):
     return turned, rotated(k + F.relu(turned[:, :2].transpose(1, 2)), wk, cos, sin)
 
 
+def other_half_is_negative(q, k, wq, wk, cos, sin):
+    def turn(t, w):
+        n = norm(t, w).transpose(1, 2)
+        half = n.shape[-1] // 2
+        turned = torch.cat((-n[..., :half], n[..., half:]), dim=-1)
+        return (n * cos.unsqueeze(1)) + (turned * sin.unsqueeze(1))
+
+    return turn(q, wq), turn(k, wk)
+
+
+def other_eps(q, k, wq, wk, cos, sin):
+    def turn(t, w, eps):
+        n = F.rms_norm(t, (t.shape[-1],), w, eps).transpose(1, 2)
+        return (n * cos.unsqueeze(1)) + (rotate_half(n) * sin.unsqueeze(1))
+
+    return turn(q, wq, 1e-6), turn(k, wk, 1.0)
+
+
+def norm_of_all_heads(q, k, wq, wk, cos, sin):
+    def turn(t, w):
+        n = F.rms_norm(t, t.shape[2:], w.expand(t.shape[2:]).contiguous(), 1e-6).transpose(1, 2)
+        return (n * cos.unsqueeze(1)) + (rotate_half(n) * sin.unsqueeze(1))
+
+    return turn(q, wq), turn(k, wk)
+
+
 @pytest.mark.parametrize(
     "function",
     [
         query_alone, other_turns, normalised_is_used, interleaved, without_norm,
-        query_is_needed_first,
+        query_is_needed_first, other_half_is_negative, other_eps, norm_of_all_heads,
     ],
 )  # fmt: skip
 def test_is_left_alone(function):

@@ -87,6 +87,17 @@ def test_reductions_by_index():
             rewrite(reduce(how), t, index)
 
 
+def test_a_target_that_does_not_count_itself():
+    self, index = torch.full((4, 3), 100.0), torch.tensor([[0, 1, 1], [1, 1, 3]])
+    source = torch.randn(2, 3)
+
+    def sums(self, index, source):
+        return self.scatter_reduce(0, index, source, "sum", include_self=False)
+
+    _, _, result, expected = rewrite(sums, self, index, source)
+    torch.testing.assert_close(result, expected)
+
+
 def test_an_index_out_of_range_is_an_error():
     with pytest.raises(RuntimeError, match="out of range"):
         ours.index_add(x(2, 3), torch.tensor([2]), x(1, 3), 1.0)

@@ -1,5 +1,6 @@
 """The laws of the Triton kernels of matmul."""
 
+import numpy
 import pytest
 import torch
 from triton_set_up import (
@@ -92,3 +93,21 @@ def test_matmul_accuracy(kind, dtype, tf32):
         no_worse(ours, torch.addmm(bias, a, b), exact + bias.double().cpu())
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@law
+@pytest.mark.parametrize("kind,dtype,tf32", KINDS)
+def test_fused_products_round_as_their_ops(kind, dtype, tf32):
+    a, other = randn(9, 40, dtype=dtype), randn(9, 17, dtype=dtype, seed=3)
+    q, k, v = (randn(40, 17, dtype=dtype, seed=i) for i in range(3))
+    bias = randn(17, dtype=dtype, seed=4)
+    product = matmul.mm(a, q, tf32)
+    same(matmul.mm_add(a, q, other, tf32), product + other)
+    wanted = tuple(matmul.mm(a, w, tf32) for w in (q, k, v))
+    same(matmul.qkv_proj(a, q, k, v, None, None, None, tf32), wanted)
+    wanted = tuple(matmul.addmm(bias, a, w, 1.0, 1.0, tf32) for w in (q, k, v))
+    same(matmul.qkv_proj(a, q, k, v, bias, bias, bias, tf32), wanted)
+    if INTERPRET:  # whose exponential is NumPy's
+        gate = product.float()
+        silu = (gate / (torch.from_numpy(numpy.exp(-gate.numpy())) + 1.0)).to(dtype)
+        same(matmul.swiglu(a, q, k, tf32), silu * matmul.mm(a, k, tf32))

@@ -5,6 +5,7 @@ import torch
 from triton_set_up import DEVICE, DTYPES, INF, INTERPRET, NAN, law, no_worse, randn, same, views
 
 from bicompile.kernels.scan import gpu as scan
+from bicompile.testing.contents import CONTENTS
 
 EAGER = {"cumsum": torch.cumsum, "cumprod": torch.cumprod, "logcumsumexp": torch.logcumsumexp}
 each_scan = pytest.mark.parametrize("name", EAGER)
@@ -47,6 +48,17 @@ def test_rows_and_layouts(name, dtype):
         moved = x.movedim(1, dim)
         same(op(moved, dim, torch.float32), whole.movedim(1, dim).contiguous())
     same(op(x[0, 0, 0], 0, torch.float32), whole[0, 0, 0])
+
+
+@law
+@pytest.mark.parametrize("n", [37, 300, 2100])
+def test_a_row_alone_has_the_order_that_it_has_among_others(n):
+    """Sums in double hide their order from ordinary numbers; terms that cancel show it."""
+    generator = torch.Generator().manual_seed(n)
+    x = CONTENTS["cancelling"]([5, n], 1, generator).to(DEVICE)
+    whole = scan.cumsum(x, 1, torch.float32)
+    for rows in (slice(1), slice(3, 4), slice(3)):
+        same(scan.cumsum(x[rows], 1, torch.float32), whole[rows])
 
 
 @law
