@@ -263,6 +263,27 @@ def test_our_language_model_is_invariant(name, llama):
     )
 
 
+@pytest.fixture(scope="module")
+def t5():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=97, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_plain_encoder_decoder_is_not_invariant(name, t5):
+    def pairs(batch, length):
+        ids = torch.randint(3, 97, (batch, length))
+        return {"input_ids": ids.flip(1), "decoder_input_ids": ids}
+
+    example = example_of(found(t5, pairs, name, max_batch_size=3, max_length=33))
+    assert example["length"] <= 17
+
+
 # ------------------------------------------------------------------------------------ arguments
 
 
