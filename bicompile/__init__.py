@@ -1,7 +1,7 @@
 """bicompile: a torch.compile backend that gives each row the same bits, whatever else is there.
 
 Public names: the backend ``"batch_invariant"`` of torch.compile, `compile`, `explain`, `compare`,
-`bisect`, `register_op`, `errors` and `independence`.
+`bisect`, `register_op`, `use_attention`, `errors` and `independence`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ __all__ = [
     "explain",
     "independence",
     "register_op",
+    "use_attention",
 ]
 
 if TYPE_CHECKING:
     from bicompile import errors, independence
     from bicompile.api import compile
+    from bicompile.attention_interface import use_attention
     from bicompile.bisector import bisect
     from bicompile.comparison import compare
     from bicompile.explainer import explain
@@ -34,6 +36,7 @@ _HOMES = {
     "compare": "comparison",
     "bisect": "bisector",
     "register_op": "registry",
+    "use_attention": "attention_interface",
 }
 
 

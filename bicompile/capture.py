@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bicompile import graph
+from bicompile.attention_parts import attention_in_parts
 from bicompile.contract import HALF_AND_FLOAT
 from bicompile.errors import (
     BicompileError,
@@ -204,7 +205,7 @@ def attention(
     """`F.scaled_dot_product_attention` as a call of our op, any rank brought to B H Q D."""
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if dropout_p > 0.0 or query.dtype not in HALF_AND_FLOAT:
-        return _attention_in_parts(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        return attention_in_parts(query, key, value, attn_mask, dropout_p, is_causal, scale)
     rank = query.dim()
     if rank > 4:
         lead = query.shape[:-3]
@@ -233,28 +234,6 @@ def attention(
 
 def _to_rank_4(x: torch.Tensor) -> torch.Tensor:
     return x.unsqueeze(1) if x.dim() == 3 else x.unsqueeze(0).unsqueeze(0)
-
-
-def _attention_in_parts(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float,
-) -> torch.Tensor:
-    """Attention as matmul, softmax and dropout, for what our op refuses; the passes judge each."""
-    group = query.shape[-3] // key.shape[-3] if query.dim() > 3 else 1
-    key, value = (t.repeat_interleave(group, -3) if group > 1 else t for t in (key, value))
-    score = (query @ key.mT) * scale
-    if is_causal:
-        attn_mask = torch.ones_like(score, dtype=torch.bool).tril()
-    if attn_mask is not None and attn_mask.dtype is torch.bool:
-        score = score.masked_fill(~attn_mask, float("-inf"))
-    elif attn_mask is not None:
-        score = score + attn_mask
-    return F.dropout(torch.softmax(score, -1), dropout_p) @ value
 
 
 _WHOLE: dict[Any, Callable[..., Any]] = {

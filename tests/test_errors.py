@@ -180,6 +180,19 @@ def test_unsafe_setting():
     assert 'load the model with attn_implementation="sdpa"' in str(caught.value)
 
 
+def test_attention_that_cannot_be_replaced():
+    with pytest.raises(errors.UnsafeSetting, match="that of Linear: this model is not a transf"):
+        bicompile.use_attention(nn.Linear(8, 8))
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.DebertaV2Model(transformers.DebertaV2Config(**sizes, vocab_size=9))
+    with pytest.raises(errors.UnsafeSetting) as caught:
+        bicompile.use_attention(model)
+    assert "that of DebertaV2Model: this model computes attention of its own" in str(caught.value)
+    assert "docs/attention.md" in str(caught.value)
+    assert model.config._attn_implementation == "eager"
+
+
 def test_padding_without_positions_is_warned_of():
     @bicompile.compile
     def model(x, attention_mask=None):

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 )
 @pytest.mark.parametrize(
     "family",
-    "attention convolution matmul mixtures order rows scan scatter schedules verify".split(),
+    "attention convolution matmul mixtures order rows scan scatter schedules verify windows".split(),
 )
 def test_in_the_interpreter(family):
     environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
