@@ -14,7 +14,7 @@ import transformers
 from attention_rows import VARIANTS, Rows, check
 
 import bicompile
-from bicompile import attention_interface, errors, native
+from bicompile import api, attention_interface, errors, native
 from bicompile.testing import InvarianceViolation, assert_batch_invariant, assert_same_bits
 
 WINDOW = 8
@@ -317,6 +317,20 @@ def test_the_page_speaks_of_the_models_that_are_tested():
         assert f'"{tiny(name).config._attn_implementation}"' in attention
         windows = "sliding_attention" in (getattr(CONFIGS[name](), "layer_types", None) or [])
         assert ("windows" in attention) == (windows or name == "Mistral")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_who_needs_it_is_told(name):
+    def told(model):
+        return api._follows_the_place_of_keys(model.config, {"cuda"})
+
+    assert (told(tiny(name)) is None) == (name == "Llama")
+    assert told(ours(name)) is None
+
+
+def test_eager_attention_is_warned_of():
+    with pytest.warns(UserWarning, match=r"Gemma2ForCausalLM's attention.*use_attention\(model\)"):
+        bicompile.compile(tiny("Gemma 2"))
 
 
 # ------------------------------------------------------------------------------- what is refused
