@@ -179,8 +179,9 @@ def reason_to_stay(node: Node) -> str | None:
         return f"registered with a contract: {other.order}"
     if node.target.namespace not in ("aten", "prims", "prim", "inductor_prims"):
         return None
+    single = name.removeprefix("_foreach_")  # the same on each tensor of a list
     for kind, (reason, names) in ALLOWED.items():
-        if name in names:
+        if single in names:
             return f"{kind}: {reason}"
     if name in EXACT_FOR_INTEGERS and not _floats(node):
         return "integers: exact in every order"

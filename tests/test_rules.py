@@ -63,6 +63,7 @@ RULE_CASES = {
     aten.var_mean.correction: (lambda t: torch.var_mean(t, 0), B),
     aten.logsumexp.default: (lambda t: t.logsumexp((0, 1)), B),
     aten.linalg_vector_norm.default: (lambda t: torch.linalg.vector_norm(t, 3, 1), B),
+    aten._foreach_norm.Scalar: (lambda t: tuple(torch._foreach_norm([t], 1)), B),
     aten.norm.Scalar: (lambda t: aten.norm.Scalar(t, 2), B),
     aten.norm.ScalarOpt_dim: (lambda t: aten.norm.ScalarOpt_dim(t, 1, [1]), B),
     aten.norm.ScalarOpt_dim_dtype: (

@@ -39,6 +39,10 @@ def _norm(emit, self, p=2, dim=None, keepdim=False, *, dtype=None):
     return _vector_norm(emit, self, 2 if p is None else p, dim, keepdim, dtype=dtype)
 
 
+def _norms(emit, self, ord=2, dtype=None):
+    return tuple(_vector_norm(emit, x, ord, dtype=dtype) for x in self)
+
+
 RULES = (
     (aten.sum.default, "sum", _reduction("sum")),
     (aten.sum.dim_IntList, "sum", _reduction("sum")),
@@ -51,6 +55,7 @@ RULES = (
     (aten.var_mean.correction, "var_mean", _var_mean),
     (aten.logsumexp.default, "logsumexp", _logsumexp),
     (aten.linalg_vector_norm.default, "norm", _vector_norm),
+    (aten._foreach_norm.Scalar, "norm", _norms),
     (aten.norm.Scalar, "norm", _norm),
     (aten.norm.ScalarOpt_dim, "norm", _norm),
     (aten.norm.ScalarOpt_dim_dtype, "norm", _norm),
