@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from rewriting import count, rewrite, x
 
+import bicompile
 from bicompile import native, testing
 from bicompile.errors import UnsupportedOp
 
 ours = torch.ops.bicompile
+rows_known = functools.partial(torch.compile, backend="batch_invariant")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -85,6 +89,25 @@ def test_reductions_by_index():
         torch._dynamo.reset()
         with pytest.raises(UnsupportedOp):
             rewrite(reduce(how), t, index)
+
+
+@pytest.mark.parametrize("compile", [bicompile.compile, rows_known], ids=["any", "known"])
+@pytest.mark.parametrize("places", [1, 3])
+def test_the_gradient_of_a_gather(compile, places):
+    """A trainer's log-probabilities of chosen tokens: the batch of the index is another size."""
+
+    def gather(t, i):
+        return t.log_softmax(-1).gather(-1, i).square().sum()
+
+    for rows in (6, 4):  # gather lets the index have fewer
+        t, index = x(6, 5, 37), torch.randint(0, 37, (rows, 5, places))
+        results = []
+        for function in (gather, compile(gather)):
+            leaf = t.clone().requires_grad_()
+            function(leaf, index).backward()
+            results.append(leaf.grad)
+        torch.testing.assert_close(*results[::-1])
+        assert not results[1][rows:].any()
 
 
 def test_a_target_that_does_not_count_itself():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import sub
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -41,9 +42,8 @@ def _one_place_of_each_row(emit, self, dim, index, src):
     ``where(arange == index, src, 0)``, or None where it is something else.
     """
     shape = value(self).shape
-    zeros = self.target is aten.full.default and self.args[1] == 0
     rows = [d for d in range(len(shape)) if d != dim]
-    fits = zeros and all(
+    fits = _is_zeros(self) and all(
         statically_known_true(value(t).shape[d] == shape[d]) for t in (index, src) for d in rows
     )
     if not fits or not all(statically_known_true(value(t).shape[dim] == 1) for t in (index, src)):
@@ -55,12 +55,35 @@ def _one_place_of_each_row(emit, self, dim, index, src):
     return emit(aten.where.self, emit(aten.eq.Tensor, place, index), src, self)
 
 
+def _is_zeros(x):
+    return x.target is aten.full.default and x.args[1] == 0
+
+
 def _scatter_add(emit, self, dim, index, src):
-    """Every element is a row of one: element (r, s) of [R, S] is row r * S + s."""
+    """Where the index may have fewer rows than what is added to zeros, the others stay zeros."""
     rank = value(self).dim()
     if rank == 0:
         return NotImplemented
     dim %= rank
+    shape, places = value(self).shape, value(index).shape
+    fewer = [
+        d != dim and not statically_known_true(have == want)
+        for d, (have, want) in enumerate(zip(shape, places, strict=True))
+    ]
+    if not any(fewer) or not _is_zeros(self):
+        return _in_all_rows(emit, self, dim, index, src)
+    sizes = [size(emit, self, d, n) for d, n in enumerate(shape)]
+    used = [size(emit, index, d, n) if fewer[d] else sizes[d] for d, n in enumerate(places)]
+    out = _in_all_rows(emit, emit(aten.full.default, used, 0, **self.kwargs), dim, index, src)
+    if out is NotImplemented:
+        return out
+    behind = [emit(sub, sizes[d], used[d]) if fewer[d] else 0 for d in reversed(range(rank))]
+    return emit(aten.constant_pad_nd.default, out, [n for b in behind for n in (0, b)], 0.0)
+
+
+def _in_all_rows(emit, self, dim, index, src):
+    """Every element is a row of one: element (r, s) of [R, S] is row r * S + s."""
+    rank = value(self).dim()
     if (one := _one_place_of_each_row(emit, self, dim, index, src)) is not None:
         return one
     shapes = (value(t).shape for t in (self, index, src))
