@@ -31,7 +31,13 @@ def execute(*arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+LONG = ("on_policy_rl.py",)  # has tests of its own
+
+
+@pytest.mark.parametrize(
+    "example", [p for p in EXAMPLES if p.name not in LONG], ids=lambda p: p.name
+)
 def test_example_runs(example):
     assert execute(example)
 
