@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -91,3 +92,10 @@ def test_rewards_and_advantages(example):
     assert samples[0].advantage == -samples[1].advantage > 0.9
     assert samples[2].advantage == samples[3].advantage == 0.0
     assert list(map(list, example.cut([1, 2, 3, 4, 5], (2, 1)))) == [[1, 2], [3], [4, 5]]
+
+
+def test_every_option_is_documented():
+    page = (FILE.parent.parent / "docs" / "training.md").read_text()
+    options = re.findall(r'add\("(--[\w-]+)"', FILE.read_text())
+    assert len(options) > 10
+    assert [o for o in options if f"| `{o}" not in page] == []
