@@ -112,3 +112,16 @@ def test_scores_do_not_depend_on_the_batch():
         for start, stop in ((0, 1), (3, 4), (2, 7)):
             part = f(logits[start:stop], tokens[start:stop])
             testing.assert_same_bits(part, whole[start:stop], "rows alone")
+
+
+@pytest.mark.parametrize("function", [next_tokens, of_some_rows], ids=lambda f: f.__name__)
+def test_joined_only_without_gradients_and_no_bit_changes(function):
+    f, logits = bicompile.compile(function), x(2, 5, 37, dtype=HALF)
+    with torch.no_grad():
+        joined = f(logits, TOKENS)
+    found, expected = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    whole = f(found, TOKENS)
+    testing.assert_same_bits(whole, joined, "with gradients")
+    whole.float().sum().backward()
+    function(expected, TOKENS).sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad.to(HALF), rtol=1e-2, atol=1e-2)
