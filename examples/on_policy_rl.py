@@ -115,12 +115,13 @@ class Policy:
     def __init__(self, model, tokenizer, backend: str, learning_rate: float) -> None:
         self.model, self.tokenizer, self.device = model, tokenizer, model.device
         if backend == "bicompile":
-            compile = functools.partial(bicompile.compile, dynamic=True)
             bicompile.compile(model, dynamic=True)
+            self.chosen = bicompile.compile(chosen, dynamic=True)
         else:
-            compile = functools.partial(torch.compile, dynamic=True)
             model.forward = torch.compile(model.forward, dynamic=True)
-        self.chosen, self.clip = compile(chosen), compile(torch.nn.utils.clip_grad_norm_)
+            self.chosen = torch.compile(chosen, dynamic=True)
+        name = "batch_invariant" if backend == "bicompile" else backend
+        self.clip = torch.compile(torch.nn.utils.clip_grad_norm_, backend=name)
         self.parameters = list(model.parameters())
         self.weights = [p.detach().float().clone() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(self.weights, lr=learning_rate, weight_decay=0.0)
