@@ -98,15 +98,15 @@ def check_settings(model: torch.nn.Module) -> None:
                 todo=f'load the model with {name.removeprefix("_")}="{instead}"',
             )
     devices = {p.device.type for p in model.parameters()}
-    if (why := _follows_the_place_of_keys(config, devices)) is not None:
+    if (why := _wants_our_attention(config, devices)) is not None:
         _warn_once(
-            f"the sums of {type(model).__name__}'s attention follow where its keys lie: {why}; "
+            f"of the attention of {type(model).__name__}, {why}; "
             "call bicompile.use_attention(model) before it is compiled (docs/attention.md)"
         )
 
 
-def _follows_the_place_of_keys(config: Any, devices: set[str]) -> str | None:
-    """Why padding or a cache may change bits, if `use_attention` is not called."""
+def _wants_our_attention(config: Any, devices: set[str]) -> str | None:
+    """What padding changes, or what is slow, if `use_attention` is not called."""
     implementation = getattr(config, "_attn_implementation", None)
     if implementation == "eager":
         return 'padding may change bits of a row with attn_implementation="eager"'
@@ -117,7 +117,7 @@ def _follows_the_place_of_keys(config: Any, devices: set[str]) -> str | None:
     kinds = getattr(config, "layer_types", None) or []
     windows = any(kind in ("sliding_attention", "chunked_attention") for kind in kinds)
     if windows or (not kinds and getattr(config, "sliding_window", None) is not None):
-        return "on a GPU, chunks and decoding change bits of a row beyond a window"
+        return "on a GPU, queries beyond a window are slow: they are computed one by one"
     return None
 
 

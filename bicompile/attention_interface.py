@@ -104,9 +104,10 @@ def register() -> None:
 
 
 def mask(**kwargs: Any) -> torch.Tensor | None:
-    """What transformers' `sdpa_mask` says; for a window that has moved on, numbered.
+    """What transformers' `sdpa_mask` says; for a window, numbered.
 
     A cache of a window has lost its first keys: which key of the row each one is, is in the number.
+    On a GPU queries whose keys have one numbering are computed together, others one by one.
 
     Args:
         kwargs: as transformers calls a function of masks.
@@ -118,8 +119,7 @@ def mask(**kwargs: Any) -> torch.Tensor | None:
     from transformers.masking_utils import sdpa_mask
 
     seen: torch.Tensor | None = sdpa_mask(**kwargs)
-    starts = isinstance(kwargs["q_offset"], int) and kwargs["q_offset"] == 0
-    if seen is None or kwargs.get("local_size") is None or starts:
+    if seen is None or kwargs.get("local_size") is None:
         return seen
     number = torch.arange(kwargs["kv_length"], device=seen.device) + kwargs["kv_offset"] + 1
     if kwargs.get("attention_mask") is not None:

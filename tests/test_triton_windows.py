@@ -1,6 +1,7 @@
 """The Triton kernels of attention under transformers' masks and caches, rolling ones included."""
 
 import pytest
+import torch
 from attention_rows import VARIANTS, Rows, check
 from transformers import masking_utils
 from transformers.integrations import sdpa_attention
@@ -37,12 +38,27 @@ def test_a_row_keeps_its_bits(name):
 
 @law
 @pytest.mark.parametrize("name", ["window", "chunked"])
-def test_without_numbers_a_rolling_window_is_another_sum(name, monkeypatch):
-    """What "sdpa" gives to our kernels: the reason for `use_attention`."""
+def test_numbers_are_of_the_row_not_of_its_cache(name, monkeypatch):
+    """A planted mask that counts from the first key of a cache that has lost some."""
+
+    def mask(**kwargs):
+        return attention_interface.mask(**{**kwargs, "kv_offset": 0})
+
     masks = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
-    monkeypatch.setitem(masks._global_mapping, attention_interface.NAME, masking_utils.sdpa_mask)
+    monkeypatch.setitem(masks._global_mapping, attention_interface.NAME, mask)
     with pytest.raises(InvarianceViolation, match="cache"):
         check(rows(name), CHUNKS, [])
+
+
+@law
+def test_a_window_without_numbers(monkeypatch):
+    """What "sdpa" gives to our kernels: slower, other bits, but a row keeps them."""
+    with_numbers = rows("window").alone
+    masks = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    monkeypatch.setitem(masks._global_mapping, attention_interface.NAME, masking_utils.sdpa_mask)
+    found = rows("window")
+    assert not torch.equal(found.alone, with_numbers)
+    check(found, [] if INTERPRET else CHUNKS, PADS)
 
 
 @law

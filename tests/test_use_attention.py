@@ -322,14 +322,14 @@ def test_the_page_speaks_of_the_models_that_are_tested():
 @pytest.mark.parametrize("name", MODELS)
 def test_who_needs_it_is_told(name):
     def told(model):
-        return api._follows_the_place_of_keys(model.config, {"cuda"})
+        return api._wants_our_attention(model.config, {"cuda"})
 
     assert (told(tiny(name)) is None) == (name == "Llama")
     assert told(ours(name)) is None
 
 
 def test_eager_attention_is_warned_of():
-    with pytest.warns(UserWarning, match=r"Gemma2ForCausalLM's attention.*use_attention\(model\)"):
+    with pytest.warns(UserWarning, match=r"attention of Gemma2ForCausalLM.*use_attention\(model\)"):
         bicompile.compile(tiny("Gemma 2"))
 
 

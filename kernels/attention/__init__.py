@@ -45,7 +45,7 @@ by their sum, and `g` the gradient of the output::
 
 (float32: those three in double, rounded once.)  On a GPU the chains are dots over tiles: of keys,
 counted from the first seen one, and of rows, counted from the first query (float32: a tile first,
-then the tiles).  Sinks, a cap and a mask of integers have no gradient yet: `UnsupportedGradient`.
+then the tiles).  Sinks and a cap have no gradient yet: `UnsupportedGradient`.
 
 Row law: a row reads its query and the keys and values it sees; no number of queries, length of a
 cache, block of rows or thread takes part.  The gradients of a key and a value read the queries of

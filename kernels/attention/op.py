@@ -187,11 +187,7 @@ sdpa_backward = register(
 def _save(ctx, inputs, output):
     query, key, value, attn_mask, *ctx.rest, softcap, sinks = inputs
     ctx.save_for_backward(query, key, value, attn_mask)
-    without = {
-        "a cap of attention scores": softcap != 0.0,
-        "attention sinks": sinks is not None,
-        "a mask that numbers its keys": attn_mask is not None and attn_mask.dtype is torch.int32,
-    }
+    without = {"a cap of attention scores": softcap != 0.0, "attention sinks": sinks is not None}
     ctx.without = next((what for what, given in without.items() if given), None)
 
 
