@@ -329,6 +329,7 @@ def test_who_needs_it_is_told(name):
 
 
 def test_eager_attention_is_warned_of():
+    api._warn_once.cache_clear()
     with pytest.warns(UserWarning, match=r"attention of Gemma2ForCausalLM.*use_attention\(model\)"):
         bicompile.compile(tiny("Gemma 2"))
 
