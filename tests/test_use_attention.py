@@ -245,17 +245,8 @@ def test_on_a_cpu_sdpa_needs_nothing(name, dtype, law):
     search(tiny(name, dtype, "sdpa"), name, law)
 
 
-def test_a_window_rolls_through_a_static_cache():
-    """One example of the search above."""
-    example = {
-        "property": "cache", "batch": 1, "seed": 0, "length": LENGTH, "row": 0,
-        "cuts": {17, LENGTH - 2, LENGTH - 1}, "free slots": 7,
-    }  # fmt: skip
-    assert_batch_invariant(ours("Mistral"), tokens, example=example)
-
-
 def test_an_encoder_decoder_may_be_padded():
-    """Another one: source and target, each among others."""
+    """One example of the search above: source and target, each among others."""
     example = {
         "property": "padding", "batch": 2, "seed": 0, "length": 21, "row": 1, "side": "left",
         "padding": 5, "padding of the source": 3,
