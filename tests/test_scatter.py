@@ -11,6 +11,7 @@ from rewriting import count, rewrite, x
 import bicompile
 from bicompile import native, testing
 from bicompile.errors import UnsupportedOp
+from bicompile.testing.contents import CONTENTS
 
 ours = torch.ops.bicompile
 rows_known = functools.partial(torch.compile, backend="batch_invariant")
@@ -108,6 +109,30 @@ def test_the_gradient_of_a_gather(compile, places):
             results.append(leaf.grad)
         torch.testing.assert_close(*results[::-1])
         assert not results[1][rows:].any()
+
+
+def test_columns_do_not_depend_on_their_number():
+    """Sums in double hide their order from ordinary numbers; terms that cancel show it."""
+    generator = torch.Generator().manual_seed(0)
+    source = CONTENTS["cancelling"]([90, 21], 0, generator)
+    self, index = x(2, 21), torch.ones(90, dtype=torch.long)
+    whole = ours.index_add(self, index, source, 1.0)
+    for columns in (slice(1), slice(3, 5), slice(4), slice(16, 21), slice(17)):
+        part = ours.index_add(self[:, columns], index, source[:, columns], 1.0)
+        testing.assert_same_bits(part, whole[:, columns], str(columns))
+
+
+def test_sources_are_added_in_their_order():
+    generator = torch.Generator().manual_seed(0)
+    source = CONTENTS["cancelling"]([90, 21], 0, generator)
+    factor = torch.tensor(0.3).double()  # an argument in single precision
+    forward, backward = (torch.zeros(21, dtype=torch.float64) for _ in range(2))
+    for k in range(90):
+        forward += source[k].double() * factor
+        backward += source[89 - k].double() * factor
+    assert not torch.equal(forward.float(), backward.float()), "the order is hidden"
+    result = ours.index_add(torch.zeros(1, 21), torch.zeros(90, dtype=torch.long), source, 0.3)
+    testing.assert_same_bits(result[0], forward.float(), "one chain in double, from the first on")
 
 
 def test_a_target_that_does_not_count_itself():

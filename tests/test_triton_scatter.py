@@ -5,6 +5,7 @@ import torch
 from triton_set_up import DEVICE, DTYPES, INF, INTERPRET, NAN, law, randn, same, views
 
 from bicompile.kernels.scatter import gpu as scatter
+from bicompile.testing.contents import CONTENTS
 
 
 @law
@@ -28,3 +29,16 @@ def test_each_row_sums_its_own_sources(dtype, m):
     spoiled = scatter.index_add(start, index, sources, 1.0)
     same(spoiled[2:], whole[2:])
     same(scatter.index_add(start, index[:0], sources[:0], 1.0), start)
+
+
+@law
+def test_sources_are_added_in_their_order():
+    generator = torch.Generator().manual_seed(0)
+    source = CONTENTS["cancelling"]([90, 21], 0, generator)
+    factor = torch.tensor(0.3).double()
+    wanted = torch.zeros(21, dtype=torch.float64)
+    for row in source:
+        wanted += row.double() * factor
+    index, start = torch.zeros(90, dtype=torch.long), torch.zeros(1, 21)
+    found = scatter.index_add(start.to(DEVICE), index.to(DEVICE), source.to(DEVICE), 0.3)
+    same(found[0].cpu(), wanted.float())
