@@ -79,6 +79,7 @@ def lower(
         run_pipeline(gm, here)
         return finish(here, gm, inputs, **kwargs)
 
+    capture.open_flex_attention(gm)
     with capture.attention_whole():
         return inductor.compile_graph(
             gm, inputs, inner=inner, decompositions=capture.decomposition_table(), **kwargs

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +23,7 @@ from torch._guards import CompileContext
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from bicompile import graph
+from bicompile import flex, graph
 from bicompile.attention_parts import attention_in_parts
 from bicompile.contract import HALF_AND_FLOAT
 from bicompile.errors import (
@@ -129,12 +130,9 @@ def mark_batch_dynamic(x: torch.Tensor) -> None:
 # ------------------------------------------------------------------------------ attention whole
 
 _SDPA = aten.scaled_dot_product_attention.default
-_KEYS = (
-    DispatchKey.AutogradCPU,
-    DispatchKey.AutogradCUDA,
-    DispatchKey.CPU,
-    DispatchKey.CUDA,
-    DispatchKey.CompositeImplicitAutograd,
+_KEYS = tuple(
+    getattr(DispatchKey, name)
+    for name in "AutogradCPU AutogradCUDA CPU CUDA CompositeImplicitAutograd".split()
 )
 _lock = threading.RLock()
 
@@ -234,6 +232,26 @@ def attention(
 
 def _to_rank_4(x: torch.Tensor) -> torch.Tensor:
     return x.unsqueeze(1) if x.dim() == 3 else x.unsqueeze(0).unsqueeze(0)
+
+
+_FLEX = torch.ops.higher_order.flex_attention
+
+
+def open_flex_attention(gm: GraphModule) -> None:
+    """Let calls of FlexAttention be traced as what `bicompile.flex` makes of them.
+
+    Those that also ask for the sum of the weights or the largest score stay as they are.
+    """
+    for node in gm.graph.find_nodes(op="call_function", target=_FLEX):
+        if all(user.target is operator.getitem and user.args[1] == 0 for user in node.users):
+            node.target = flex_attention
+    gm.recompile()
+
+
+def flex_attention(*args: Any) -> Any:
+    """FlexAttention in one node of ours, or as it is."""
+    found = flex.attention(*args)
+    return _FLEX(*args) if found is None else (found,)
 
 
 _WHOLE: dict[Any, Callable[..., Any]] = {

@@ -51,6 +51,8 @@ def frame_line(frame: Any) -> str:
 
 def describe(x: Any) -> str:
     """A value as the user thinks of it: ``bfloat16[8, s0, 64]``."""
+    if isinstance(x, Node) and "val" not in x.meta:  # a graph that the node calls
+        return str(x.target)
     x = value(x)
     if isinstance(x, torch.Tensor):
         return f"{str(x.dtype).removeprefix('torch.')}{[str(s) for s in x.shape]}".replace("'", "")

@@ -129,6 +129,11 @@ RANDOM = frozenset(
 )
 
 _MODULES_OF_SIZE_ARITHMETIC = ("_operator", "operator", "math", "torch", "builtins")
+_REASONS = {
+    "flex_attention": "the score is known to be invariant as it is, as cap * tanh(score / cap), in "
+    "sums with functions of the indices, and in where(condition, score, -inf); without return_lse, "
+    "and where score_mod and mask_mod are pointwise: table[b, j], not table[b][j]",
+}
 _WRAPPERS = frozenset(("auto_functionalized", "auto_functionalized_v2", "invoke_subgraph"))
 
 
@@ -159,7 +164,7 @@ def audit(gm: GraphModule, *, run) -> None:
         else:
             error = UnsupportedOp(
                 op=node.target,
-                reason="its order of summation is not pinned",
+                reason=_REASONS.get(_name(node), "its order of summation is not pinned"),
                 given=describe_call(node),
                 line=user_line(node),
             )
