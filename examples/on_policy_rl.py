@@ -24,7 +24,6 @@ import hashlib
 import itertools
 import json
 import random
-import re
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -45,8 +44,9 @@ from bicompile.testing import bits
 
 SAMPLED_TOGETHER = (3, 16, 5, 24)  # rows of the sampler's batches, in turn
 TRAINED_TOGETHER = 8  # rows of a batch of the trainer
-NEW_TOKENS = 12
+NEW_TOKENS = 6
 LARGEST = 20  # number in a problem
+EXAMPLES = "2 + 3 = 5\n7 + 1 = 8\n6 + 9 = 15\n"
 WINDOW = 10  # steps whose mean reward is shown, at the beginning and at the end
 
 
@@ -59,16 +59,15 @@ class Problem:
     b: int
 
     @property
-    def question(self) -> str:
-        """What the model is asked."""
-        return f"What is {self.a} + {self.b}? Answer with the number only."
+    def prompt(self) -> str:
+        """What the model goes on from, up to the end of the line."""
+        return f"{EXAMPLES}{self.a} + {self.b} ="
 
     def reward(self, answer: str) -> float:
-        """1 for the right sum, 0.1 for another number with nothing around it."""
-        numbers = re.findall(r"\d+", answer)
-        if numbers and int(numbers[-1]) == self.a + self.b:
+        """1 for the right sum, 0.1 for what begins as a number."""
+        if answer.strip() == str(self.a + self.b):
             return 1.0
-        return 0.1 if answer.strip().isdigit() else 0.0
+        return 0.1 if answer.strip()[:1].isdigit() else 0.0
 
 
 @dataclass
@@ -129,17 +128,10 @@ class Policy:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         ends = model.generation_config.eos_token_id
-        self.ends = ends if isinstance(ends, list) else [ends]
-        longest = len(tokenizer(self._prompt(Problem(LARGEST, LARGEST))).input_ids)
+        line_end = tokenizer("\n", add_special_tokens=False).input_ids[-1]
+        self.ends = [*(ends if isinstance(ends, list) else [ends]), line_end]
+        longest = len(tokenizer(Problem(LARGEST, LARGEST).prompt).input_ids)
         self.slots = -(-(longest + NEW_TOKENS) // 64) * 64
-
-    def _prompt(self, problem: Problem) -> str:
-        if not self.tokenizer.chat_template:
-            return problem.question
-        messages = [{"role": "user", "content": problem.question}]
-        return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
-        )
 
     @torch.no_grad()
     def sample(self, problems: Sequence[Problem]) -> list[Sample]:
@@ -155,12 +147,8 @@ class Policy:
         )
         samples = []
         for rows in cut(problems, SAMPLED_TOGETHER):
-            inputs = self.tokenizer(
-                [self._prompt(p) for p in rows],
-                padding=True,
-                return_tensors="pt",
-                add_special_tokens=False,
-            ).to(self.device)
+            prompts = [p.prompt for p in rows]
+            inputs = self.tokenizer(prompts, padding=True, return_tensors="pt").to(self.device)
             output = self.model.generate(
                 input_ids=inputs.input_ids,
                 attention_mask=inputs.attention_mask,

@@ -48,6 +48,7 @@ def test_sampler_and_trainer_agree_and_a_killed_run_goes_on(example, run, tmp_pa
         (0.0, 0.0, 0)
     ] * STEPS
     assert all(s["tokens"] > 0 for s in unbroken["steps"])
+    assert any(s["reward"] > 0 for s in unbroken["steps"])  # or nothing is learnt
     with (tmp_path / "on_policy_rl.csv").open() as file:
         assert [float(r["reward"]) for r in csv.DictReader(file)] == [
             s["reward"] for s in unbroken["steps"]
@@ -85,8 +86,8 @@ def test_differences_are_counted(example):
 
 def test_rewards_and_advantages(example):
     problem = example.Problem(3, 4)
-    answers = ("7", "3 + 4 = 7.", "8", "I say 8", "seven", "")
-    assert [problem.reward(a) for a in answers] == [1.0, 1.0, 0.1, 0.0, 0.0, 0.0]
+    answers = (" 7\n", "7", "7.", " 8", "seven", "= 7", "")
+    assert [problem.reward(a) for a in answers] == [1.0, 1.0, 0.1, 0.1, 0.0, 0.0, 0.0]
     samples = [example.Sample([], [], torch.empty(0), r) for r in (1.0, 0.0, 0.5, 0.5)]
     example.give_advantages(samples, 2)
     assert samples[0].advantage == -samples[1].advantage > 0.9
