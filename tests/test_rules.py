@@ -281,8 +281,8 @@ def test_a_chain_whose_middle_is_used_is_not_fused():
     torch.testing.assert_close(result, expected)
 
 
-def cubes(t, w):
-    return t * torch.rsqrt(t.abs().pow(3).mean(-1, keepdim=True) + 1e-6) * w
+def fourth_powers(t, w):
+    return t * torch.rsqrt(t.pow(4).mean(-1, keepdim=True) + 1e-6) * w
 
 
 def along_the_first_axis(t, w):
@@ -293,7 +293,7 @@ def of_another_tensor(t, w):
     return (t + 1) * torch.rsqrt(t.pow(2).mean(-1, keepdim=True) + 1e-6) * w
 
 
-@pytest.mark.parametrize("chain", [cubes, along_the_first_axis, of_another_tensor])
+@pytest.mark.parametrize("chain", [fourth_powers, along_the_first_axis, of_another_tensor])
 def test_what_is_nearly_rms_norm_is_left_alone(chain):
     gm, _, result, expected = rewrite(chain, x(3, 64), WEIGHT)
     assert count(gm, ours.rms_norm.default) == 0
