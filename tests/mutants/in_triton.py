@@ -144,10 +144,18 @@ MUTANTS = (
     ),
     Mutant(
         "chunks are counted from key 0",
-        "kernels/attention/gpu.py",
-        "        anchor = tl.load(VISIBLE + b * rb + 3)\n",
-        "        anchor = tl.load(VISIBLE + b * rb + 3) * 0\n",
+        "kernels/attention/masks.py",
+        "    tl.store(i + 3, start if NUMBERED else first, mask=r < ROWS)\n",
+        "    tl.store(i + 3, start if NUMBERED else first * 0, mask=r < ROWS)\n",
         "padding on the left moves the bounds of chunks",
+        ATTENTION,
+    ),
+    Mutant(
+        "rows that begin elsewhere join the first",
+        "kernels/attention/gpu.py",
+        "            alike = (start == anchor) | (start == NO_KEY)\n",
+        "            alike = start >= anchor\n",
+        "chunks of a row are counted from the first key of its neighbours",
         ATTENTION,
     ),
     Mutant(
