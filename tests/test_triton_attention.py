@@ -254,7 +254,7 @@ def test_a_window_that_rolls_is_the_whole(dtype):
 @each_dtype
 def test_rows_begin_anywhere(dtype):
     """Queries that see different first keys: packed sequences, and masks of any form."""
-    n, cut = (45, 17) if INTERPRET else (700, 290)
+    n, cut = (35, 14) if INTERPRET else (700, 290)
     q, k, v = _qkv(1, 4, 2, n, n, 24, 40, dtype)
     packed = _causal(n, n)
     packed[cut:, :cut] = False

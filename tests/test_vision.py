@@ -54,9 +54,9 @@ def tiny(name, dtype):
 
 
 CASES = [
-    pytest.param(name, dtype, marks=pytest.mark.soak if name == "mobilenet" and narrow else [])
+    pytest.param(name, dtype, marks=pytest.mark.soak if name == "mobilenet" else [])
     for name in MODELS
-    for narrow, dtype in enumerate((torch.float32, torch.bfloat16))
+    for dtype in (torch.float32, torch.bfloat16)
 ]
 
 
