@@ -177,3 +177,15 @@ def test_planted_variants_are_caught(variant):
 
 def test_an_honest_one_passes():
     assert not caught(honest)
+
+
+def test_numbers_that_may_vary_are_guarded():
+    """Under dynamic=True a stride that is an argument is a symbol."""
+
+    def function(t, w, stride, padding):
+        return F.conv1d(t, w, stride=stride, padding=padding)
+
+    compiled = torch.compile(function, backend="batch_invariant", dynamic=True)
+    t, w = x(2, 3, 20), x(4, 3, 3)
+    for stride, padding in ((2, 1), (3, 2)):
+        torch.testing.assert_close(compiled(t, w, stride, padding), function(t, w, stride, padding))
