@@ -17,6 +17,8 @@ def _convolution(
     numbers = ([constant(i) for i in n] * (rank if len(n) == 1 else 1) for n in given)
     stride, padding, dilation, output_padding = numbers
     groups = constant(groups)
+    for taps in value(weight).shape[2:]:  # sizes of the result without symbols in their products
+        int(taps)
     return emit(
         KERNELS["convolution"].op,
         *(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups),
