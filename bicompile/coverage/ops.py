@@ -173,7 +173,7 @@ class _Judge:
         except BicompileError as error:
             return Verdict.REFUSED.value, first_line(error)
         except Exception as error:
-            if _pytorch_fails(call):
+            if checks.pytorch_fails(call.function, call.tensors):
                 return Verdict.REFUSED.value, f"PyTorch cannot trace it either: {first_line(error)}"
             return FAILED, first_line(error)
         self._note(found)
@@ -208,19 +208,6 @@ class _Judge:
         )
 
 
-def _pytorch_fails(call: Call) -> bool:
-    """Whether the same capture fails without us."""
-    torch._dynamo.reset()
-    backend = "aot_eager_decomp_partition"
-    run = torch.compile(call.function, backend=backend, fullgraph=True, dynamic=False)
-    try:
-        with torch.no_grad():
-            run(*checks.copies(call.tensors))
-    except Exception:
-        return True
-    return False
-
-
 def _assert_refused(call: Call) -> None:
     """What is explained as refused is an error of ours, or of Dynamo, where it is compiled.
 
@@ -235,7 +222,7 @@ def _assert_refused(call: Call) -> None:
     except (BicompileError, Unsupported):
         return
     except Exception:
-        if _pytorch_fails(call):
+        if checks.pytorch_fails(call.function, call.tensors):
             return
         raise
     raise AssertionError("compiled, although it was explained as refused")
