@@ -74,7 +74,7 @@ def check(
 
 def pytorch_fails(function: Function, tensors: Tensors, *, dynamic: bool = False) -> bool:
     """Whether the same capture fails without us."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     backend = "aot_eager_decomp_partition"
     run = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
     try:
@@ -86,7 +86,7 @@ def pytorch_fails(function: Function, tensors: Tensors, *, dynamic: bool = False
 
 
 def _compiled(function: Function, dynamic: bool = False) -> Function:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     return torch.compile(function, backend="batch_invariant", fullgraph=True, dynamic=dynamic)
 
 

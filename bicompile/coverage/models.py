@@ -70,7 +70,7 @@ def _check(entry: Entry, result: ModelResult) -> None:
     model = entry.build().to(entry.dtype).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)  # so large that rows differ in all bits
-    torch._dynamo.reset()
+    torch.compiler.reset()
     row = _Row(entry, model)
     row.check_value()
     result.checks.append("value")

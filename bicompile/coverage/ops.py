@@ -165,7 +165,7 @@ class _Judge:
         return verdict
 
     def _judge(self, call: Call) -> tuple[str, str]:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         try:
             found = bicompile.explain(call.function, *call.tensors, dynamic=False)
         except WrongInputs as error:  # eager PyTorch takes them
@@ -214,7 +214,7 @@ def _assert_refused(call: Call) -> None:
     Raises:
         AssertionError: it is compiled.
     """
-    torch._dynamo.reset()
+    torch.compiler.reset()
     run = torch.compile(call.function, backend="batch_invariant", fullgraph=True, dynamic=False)
     try:
         with torch.no_grad():
