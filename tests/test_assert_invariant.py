@@ -256,7 +256,13 @@ def test_plain_language_model_is_not_invariant(name, llama):
     assert example["length"] <= 17
 
 
-@pytest.mark.parametrize("name", LANGUAGE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("padding", "prefix") else pytest.mark.soak)
+        for name in LANGUAGE
+    ],
+)
 def test_our_language_model_is_invariant(name, llama):
     assert_batch_invariant(
         llama, tokens, properties=[name], max_batch_size=5, max_length=40, max_examples=3

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+
+import pytest
 
 PROGRAM = """
 import sys, torch
@@ -32,8 +35,21 @@ def run(backend, folder):
     return int(hits), int(decisions), int(digest), ours == "True", cached == "True"
 
 
-def test_second_process_is_warm_and_knows_the_decisions(tmp_path):
-    cold, warm = run("batch_invariant", tmp_path), run("batch_invariant", tmp_path)
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """What a first process prints, by backend, and a copy of what it leaves on the disk."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("batch_invariant", "inductor")}
+    printed = {name: run(name, folder) for name, folder in folders.items()}
+
+    def first(backend, folder):
+        shutil.copytree(folders[backend], folder, dirs_exist_ok=True)
+        return printed[backend]
+
+    return first
+
+
+def test_second_process_is_warm_and_knows_the_decisions(first, tmp_path):
+    cold, warm = first("batch_invariant", tmp_path), run("batch_invariant", tmp_path)
     assert cold[0] == 0
     assert warm[0] == 2, "both graphs come from the disk"
     assert warm[1] == cold[1] > 0, "the report is read back"
@@ -42,32 +58,25 @@ def test_second_process_is_warm_and_knows_the_decisions(tmp_path):
     assert warm[2] == cold[2]
 
 
-def test_plain_inductor_first(tmp_path):
-    alone = run("batch_invariant", tmp_path / "a")
-    run("inductor", tmp_path / "b")
-    after = run("batch_invariant", tmp_path / "b")
+@pytest.mark.parametrize("backend", ["batch_invariant", "inductor"])
+def test_the_other_backend_was_first(backend, first, tmp_path):
+    alone = first(backend, tmp_path / "alone")
+    first("inductor" if backend == "batch_invariant" else "batch_invariant", tmp_path / "other")
+    after = run(backend, tmp_path / "other")
     assert after[0] == 0
     assert after[1:] == alone[1:]
 
 
-def test_plain_inductor_second(tmp_path):
-    alone = run("inductor", tmp_path / "a")
-    run("batch_invariant", tmp_path / "b")
-    after = run("inductor", tmp_path / "b")
-    assert after[0] == 0
-    assert after[2] == alone[2]
-
-
-def test_lost_report_is_made_anew(tmp_path):
-    cold = run("batch_invariant", tmp_path)
+def test_lost_report_is_made_anew(first, tmp_path):
+    cold = first("batch_invariant", tmp_path)
     for file in (tmp_path / "bicompile").iterdir():
         file.unlink()
     again = run("batch_invariant", tmp_path)
     assert again[1:] == cold[1:]
 
 
-def test_half_written_report_is_not_read(tmp_path):
-    cold = run("batch_invariant", tmp_path)
+def test_half_written_report_is_not_read(first, tmp_path):
+    cold = first("batch_invariant", tmp_path)
     for file in (tmp_path / "bicompile").iterdir():
         file.write_text(file.read_text()[:-20])
     again = run("batch_invariant", tmp_path)

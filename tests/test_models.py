@@ -76,7 +76,8 @@ def cases(names, quick):
     ]
 
 
-QUICK = [(name, "bfloat16") for name in CONFIGS] + [("llama", "float32"), ("gpt2", "float16")]
+QUICK = [(name, "bfloat16") for name in ("llama", "qwen3", "bert")]
+QUICK += [("llama", "float32"), ("gpt2", "float16")]
 
 
 @each_device
@@ -104,8 +105,7 @@ def test_eager_attention(device):
     subject = compiled("llama", torch.bfloat16, device, attention="eager")
     check_batches(subject, (2, 5))
     if can_grow(device):
-        check_caches(subject)
-        check_prefix(subject)
+        check_caches(subject, slots=(512,))
 
 
 @each_device

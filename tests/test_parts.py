@@ -107,9 +107,16 @@ def test_gradients_of_linear():
         torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize(
-    "form", [{}, {"bidirectional": True}, {"bias": False}, {"proj_size": 8}], ids=str
+    ("form", "dtype"),
+    [
+        ({}, torch.bfloat16),
+        ({}, torch.float16),
+        ({"bidirectional": True}, torch.float32),
+        ({"bias": False}, torch.float32),
+        ({"proj_size": 8}, torch.bfloat16),
+    ],
+    ids=str,
 )
 def test_lstm(form, dtype):
     """On a CPU, PyTorch hands whole layers to a library, but not of every form and dtype."""

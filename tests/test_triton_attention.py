@@ -59,6 +59,8 @@ attention_case = pytest.mark.parametrize(
     "dtype,h,hkv,d,dv", [(dtype, *heads) for dtype in DTYPES for heads in SOME[dtype]]
 )
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+# The interpreter is slow: one of them there.
+one_dtype = pytest.mark.parametrize("dtype", DTYPES[:1] if INTERPRET else DTYPES)
 
 
 def _schedules(q, head):
@@ -172,7 +174,7 @@ def test_values_that_are_not_finite_reach_who_sees_them(dtype):
 
 
 @law
-@each_dtype
+@one_dtype
 def test_attention_masks_of_any_form(dtype):
     b, h, n, s = 2, 4, 9, LONG // 2
     q, k, v = _qkv(b, h, 2, n, s, 32, 32, dtype)
@@ -203,7 +205,7 @@ def test_attention_masks_of_any_form(dtype):
 
 
 @law
-@each_dtype
+@one_dtype
 def test_caps_and_sinks(dtype):
     n = LONG // 2
     q, k, v = _qkv(2, 4, 2, n, n, 24, 40, dtype)
@@ -229,7 +231,7 @@ def test_caps_and_sinks(dtype):
 
 
 @law
-@each_dtype
+@one_dtype
 def test_a_window_that_rolls_is_the_whole(dtype):
     """Keys are counted from the first that a query sees, or where the numbers say."""
     n, window = (90, 40) if INTERPRET else (1300, 600)
@@ -251,7 +253,7 @@ def test_a_window_that_rolls_is_the_whole(dtype):
 
 
 @law
-@each_dtype
+@one_dtype
 def test_rows_begin_anywhere(dtype):
     """Queries that see different first keys: packed sequences, and masks of any form."""
     n, cut = (35, 14) if INTERPRET else (700, 290)

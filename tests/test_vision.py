@@ -53,8 +53,14 @@ def tiny(name, dtype):
     return model.to(dtype), torch.randn(shape).to(dtype)
 
 
+QUICK = [
+    ("resnet", torch.float32),
+    ("convnext", torch.bfloat16),
+    ("vit", torch.bfloat16),
+    ("wav2vec2", torch.float32),
+]
 CASES = [
-    pytest.param(name, dtype, marks=pytest.mark.soak if name == "mobilenet" else [])
+    pytest.param(name, dtype, marks=[] if (name, dtype) in QUICK else pytest.mark.soak)
     for name in MODELS
     for dtype in (torch.float32, torch.bfloat16)
 ]
