@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from bicompile import ahead, artifacts, capture, inductor, native
 from bicompile.options import Options
 from bicompile.pipeline import OPTIONAL, Run, run_pipeline
-from bicompile.registry import OTHERS
+from bicompile.registry import KERNELS, OTHERS
 from bicompile.report import REPORTS, Report, digest
 
 capture.configure()
@@ -52,8 +52,6 @@ def batch_invariant(
     with capture.error_boundary():
         parsed = Options.parse(options, passes=OPTIONAL)
         capture.check(gm, example_inputs, parsed)
-        if any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in example_inputs):
-            native.load()
         return _compile(gm, example_inputs, mode, parsed)
 
 
@@ -94,9 +92,13 @@ def _compile(
     folder = inductor.cache_dir() / "bicompile"
     kept = Report.load(folder, key)
     report = Report(key)
+    on_cpu = any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in inputs)
 
     def finish(run: Run, gm: GraphModule, inputs: list[Any], **kwargs: Any) -> Any:
+        report.families |= families_in(gm)
         report.save(folder)
+        if on_cpu:
+            native.load(report.families)
         if run.history:
             artifacts.emit(gm, run)
         with ahead.kernels_built(gm):
@@ -108,8 +110,18 @@ def _compile(
     if not report.decisions and kept is None:
         # Served from the disk, but what was done to it is not known: do it again, seen.
         compiled = once(caches=False)
-    REPORTS.append(report if report.decisions or kept is None else kept)
+    seen = report if report.decisions or kept is None else kept
+    if on_cpu:
+        native.load(seen.families)
+    REPORTS.append(seen)
     return compiled  # type: ignore[no-any-return]
+
+
+def families_in(gm: GraphModule) -> set[str]:
+    """The families of our kernels that stand in a graph or in a graph that it calls."""
+    graphs = [m.graph for m in gm.modules() if isinstance(m, GraphModule)]
+    targets = {node.target for graph in graphs for node in graph.nodes}
+    return {kernel.family for kernel in KERNELS.values() if kernel.op in targets}
 
 
 def _stamp(mode: str | None, options: Options) -> str:

@@ -1,8 +1,8 @@
-"""Builds and loads the C++ kernels: once per machine, at first use, one library per family.
+"""Builds and loads the C++ kernels: once per machine, one library per family, when one is needed.
 
 A library's name in the cache is the hash of everything that made it (sources, flags, compiler,
 torch, instruction set), so a library is right if it is there; a checksum beside it shows that it is
-whole.  All libraries are made by ``build`` in parallel, written to a temporary name and renamed.
+whole.  Libraries are made by ``build`` in parallel, written to a temporary name and renamed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -53,7 +54,7 @@ _INCLUDED = re.compile(r'^#include "(.+)"', re.MULTILINE)
 _OF_DOT_PRODUCTS = ("matmul", "convolution")  # families that use vdpbf16ps where a machine has it
 
 _lock = threading.Lock()
-_loaded: str | None = None
+_loaded: dict[str, str] = {}  # the instruction set of each family
 
 
 def isa() -> str:
@@ -111,26 +112,31 @@ def cache_folder() -> Path:
     return Path(platformdirs.user_cache_dir("bicompile")) / "native"
 
 
-def load(isa: str | None = None) -> str:
-    """Build what is missing and load all families, once per process; return the instruction set.
+def load(needed: Iterable[str] | None = None, *, isa: str | None = None) -> None:
+    """Build what is missing and load each family once per process.
+
+    Args:
+        needed: names of families; without it, all.
+        isa: instruction set of those that are not loaded yet; without it, the best.
 
     Raises:
         CompilerNotFound: a library has to be built and there is no C++ compiler.
         CompilationFailed: the compiler refused a source.
     """
-    global _loaded
     with _lock:
-        if _loaded is None:
-            wanted = isa or _default_isa()
-            for library in build(wanted).values():
-                _load_library(library, wanted)
-            if wanted == "avx512_bf16" and not _dot_is_exact():
-                log.warning("vdpbf16ps of this processor rounds in its own way: not used")
-                for family, library in build("avx512").items():
-                    if family in _OF_DOT_PRODUCTS:
-                        _load_library(library, "avx512")
-            _loaded = wanted
-        return _loaded
+        wanted = isa or _default_isa()
+        new = sorted(set(families() if needed is None else needed) - set(_loaded))
+        dots = [family for family in new if family in _OF_DOT_PRODUCTS]
+        if dots and wanted == "avx512_bf16" and not _dot_is_exact():
+            log.warning("vdpbf16ps of this processor rounds in its own way: not used")
+            _load_libraries(dots, "avx512")
+        _load_libraries([family for family in new if family not in _loaded], wanted)
+
+
+def _load_libraries(names: list[str], isa: str) -> None:
+    for family, library in build(isa, names).items():
+        _load_library(library, isa)
+        _loaded[family] = isa
 
 
 def _default_isa() -> str:
@@ -140,9 +146,10 @@ def _default_isa() -> str:
 def _dot_is_exact() -> bool:
     """Whether the bfloat16 dot product of the processor has the bits that the kernels promise.
 
-    If not, the libraries of _OF_DOT_PRODUCTS have registered nothing.
+    If not, the libraries of _OF_DOT_PRODUCTS register nothing.
     """
-    return bool(ctypes.CDLL(str(_library("matmul", "avx512_bf16"))).bicompile_matmul_is_exact())
+    library = build("avx512_bf16", ["matmul"])["matmul"]
+    return bool(ctypes.CDLL(str(library)).bicompile_matmul_is_exact())
 
 
 def _load_library(library: Path, wanted: str) -> None:
@@ -151,13 +158,15 @@ def _load_library(library: Path, wanted: str) -> None:
     except OSError:  # whole, yet not loadable: made for another loader or C++ library
         log.warning("rebuilding %s: it does not load", library)
         library.unlink(missing_ok=True)
-        torch.ops.load_library(build(wanted)[library.name.partition("-")[0]])
+        family = library.name.partition("-")[0]
+        torch.ops.load_library(build(wanted, [family])[family])
 
 
-def build(isa: str | None = None) -> dict[str, Path]:
-    """Return the library of each family for an instruction set, building what is not cached."""
+def build(isa: str | None = None, needed: Iterable[str] | None = None) -> dict[str, Path]:
+    """Return the library of each needed family (or of all), building what is not cached."""
     wanted = isa or _default_isa()
-    libraries = {family: _library(family, wanted) for family in families()}
+    names = families() if needed is None else needed
+    libraries = {family: _library(family, wanted) for family in names}
     missing = [family for family, path in libraries.items() if not _is_whole(path)]
     if missing:
         compiler()  # before any thread starts, so that the error is raised once

@@ -59,12 +59,14 @@ class Report:
         key: digest of the captured graph, its inputs and the options.
         decisions: one per node of the graph that was rewritten or let through.
         cached: whether the compiled graph and the decisions came from the disk.
+        families: of our kernels in the compiled graphs.
         seconds: time per pass.
     """
 
     key: str
     decisions: list[Decision] = dataclasses.field(default_factory=list)
     cached: bool = False
+    families: set[str] = dataclasses.field(default_factory=set)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def counts(self) -> Counter[str]:
@@ -77,21 +79,21 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         rows = [dataclasses.asdict(d) | {"verdict": d.verdict.value} for d in self.decisions]
         with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
-            json.dump(rows, file)
+            json.dump({"decisions": rows, "families": sorted(self.families)}, file)
         Path(file.name).replace(folder / f"{self.key}.json")
 
     @classmethod
     def load(cls, folder: Path, key: str) -> Report | None:
         """Read back a report, or None if there is none."""
         try:
-            rows = json.loads((folder / f"{key}.json").read_text())
+            kept = json.loads((folder / f"{key}.json").read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             return None
         rows = [
             Decision(**row | {"verdict": Verdict(row["verdict"]), "origins": tuple(row["origins"])})
-            for row in rows
+            for row in kept["decisions"]
         ]
-        return cls(key, rows, cached=True)
+        return cls(key, rows, cached=True, families=set(kept["families"]))
 
 
 REPORTS: list[Report] = []

@@ -78,5 +78,5 @@ def test_same_bits(isa):
 
 
 if __name__ == "__main__":
-    native.load(sys.argv[1])
+    native.load(isa=sys.argv[1])
     print(json.dumps(digests()))

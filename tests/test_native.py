@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bicompile import errors, native, registry, testing
+from bicompile.backend import families_in
 
 MM = registry.load_all()["mm"].op
 TINY = np.float32(2.0**-126)
@@ -197,3 +198,26 @@ def test_a_compiler_error_is_shown(toy):
     (toy / "cpu.cpp").write_text("this is not C++\n")
     with pytest.raises(errors.CompilationFailed, match="this is not C"):
         native.build("plain")
+
+
+# ------------------------------------------------------------------- what a model needs
+
+
+def test_a_graph_builds_the_families_that_it_calls(toy, compilations, monkeypatch):
+    """And a family whose library is loaded is not built again."""
+    monkeypatch.setattr(native, "_loaded", {})
+    monkeypatch.setattr(native, "families", lambda: ["other", "toy"])
+    native.load(["toy"], isa="plain")
+    native.load(["toy"], isa="plain")
+    assert compilations == ["toy"] and native._loaded == {"toy": "plain"}
+
+
+def test_families_of_a_graph():
+    """Those of its own nodes and of the graphs that it holds."""
+    graph = torch.fx.Graph()
+    graph.output(graph.call_function(MM, (graph.placeholder("x"), graph.placeholder("w"), False)))
+    inner = torch.fx.GraphModule({}, graph)
+    graph = torch.fx.Graph()
+    graph.output(graph.call_module("inner", (graph.placeholder("x"), graph.placeholder("w"))))
+    outer = torch.fx.GraphModule({"inner": inner}, graph)
+    assert families_in(inner) == families_in(outer) == {"matmul"}
