@@ -115,17 +115,17 @@ def check_padding(subject):
             subject.expect(logits[-1:, real], f"{side} padding of {pad} in a batch of {batch}")
 
 
-def check_caches(subject, slots=(128, 512, 1024)):
+def check_caches(subject):
     rest = subject.length - 40
     growing = DynamicCache(config=subject.config)
     subject.expect(subject.pieces(subject.row, [subject.length], growing), "growing cache")
     for chunks in ([30, 10, rest], [20] + [1] * (subject.length - 20)):
         growing = DynamicCache(config=subject.config)
         subject.expect(subject.pieces(subject.row, chunks, growing), f"growing cache {chunks}")
-    for size in slots:
+    for slots in (128, 512, 1024):
         for chunks in ([subject.length], [30, 10, rest], [40] + [1] * rest):
-            static = StaticCache(config=subject.config, max_cache_len=size)
-            subject.expect(subject.pieces(subject.row, chunks, static), f"{size} slots {chunks}")
+            static = StaticCache(config=subject.config, max_cache_len=slots)
+            subject.expect(subject.pieces(subject.row, chunks, static), f"{slots} slots {chunks}")
 
 
 def check_token_by_token(subject):

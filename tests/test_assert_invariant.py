@@ -258,10 +258,7 @@ def test_plain_language_model_is_not_invariant(name, llama):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name in ("padding", "prefix") else pytest.mark.soak)
-        for name in LANGUAGE
-    ],
+    [pytest.param(name, marks=[] if name == "padding" else pytest.mark.soak) for name in LANGUAGE],
 )
 def test_our_language_model_is_invariant(name, llama):
     assert_batch_invariant(

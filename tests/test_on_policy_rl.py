@@ -41,7 +41,7 @@ def run(example, tmp_path_factory):
     return run
 
 
-def test_sampler_and_trainer_agree_and_a_killed_run_goes_on(example, run, tmp_path, monkeypatch):
+def test_sampler_and_trainer_agree(run, tmp_path):
     status, unbroken = run("--output", str(tmp_path))
     assert status == 0
     assert [(s["kl"], s["largest_difference"], s["other_bits"]) for s in unbroken["steps"]] == [
@@ -55,6 +55,10 @@ def test_sampler_and_trainer_agree_and_a_killed_run_goes_on(example, run, tmp_pa
         ]
     assert (tmp_path / "on_policy_rl.png").read_bytes().startswith(b"\x89PNG")
 
+
+@pytest.mark.soak
+def test_a_killed_run_goes_on(example, run, tmp_path, monkeypatch):
+    _, unbroken = run("--output", str(tmp_path))
     keep = ("--checkpoint", str(tmp_path / "kept"), "--save-every", "1")
 
     def killed(*_):
