@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ _INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
 class InvarianceViolation(AssertionError):
-    """Two runs that must agree bit for bit do not."""
+    """Two runs that must agree bit for bit do not; `example` is the case, if a search found it."""
+
+    example: Mapping[str, Any] | None = None
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:

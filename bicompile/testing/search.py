@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seed_of
 from hypothesis import strategies as st
+from hypothesis.errors import Flaky
 
 from bicompile.capture import any_number_of_recompilations
 from bicompile.errors import BicompileError, UnknownProperty
@@ -25,6 +27,10 @@ PROFILES: Mapping[str, float] = {"dev": 0.25, "ci": 1, "soak": 25}
 Example = Mapping[str, Any]
 
 
+class _OutOfTime(BaseException):
+    """Ends a search; Hypothesis would take an Exception for a failure of what is tested."""
+
+
 def assert_batch_invariant(
     function: Function,
     make_inputs: Callable[..., Mapping[str, Any]],
@@ -35,6 +41,7 @@ def assert_batch_invariant(
     max_batch_size: int = 33,
     max_length: int = 257,
     max_examples: int | None = None,
+    max_seconds: float = math.inf,
     profile: str = "ci",
     example: Example | None = None,
 ) -> None:
@@ -58,6 +65,7 @@ def assert_batch_invariant(
         max_batch_size: the largest B.
         max_length: the largest T.
         max_examples: so many cases of each property; what `PROPERTIES` says, if nothing is said.
+        max_seconds: after which no more cases are tried; what was found by then is raised.
         profile: "ci": so many; "dev": a quarter of them; "soak": 25 times as many.
         example: only this one, as the message of a violation prints it.
 
@@ -73,13 +81,14 @@ def assert_batch_invariant(
         >>> assert_batch_invariant(lambda x: x @ weight.t(), make, max_examples=3)
     """
     subject = Subject(function, make_inputs, backend, axes or {})
+    end = time.perf_counter() + max_seconds
     with any_number_of_recompilations():
         if example is not None:
             _replay(subject, example)
             return
         for name in _chosen(properties, subject, max_batch_size):
             cases = max_examples or math.ceil(PROPERTIES[name].cases * PROFILES[profile])
-            search(subject, name, most=max_batch_size, longest=max_length, cases=cases)
+            search(subject, name, most=max_batch_size, longest=max_length, cases=cases, end=end)
 
 
 def _chosen(names: Sequence[str] | None, subject: Subject, most: int) -> list[str]:
@@ -103,7 +112,14 @@ def applying(subject: Subject, most: int) -> list[str]:
 
 
 def search(
-    subject: Subject, name: str, *, most: int, longest: int, cases: int, draws: int | None = None
+    subject: Subject,
+    name: str,
+    *,
+    most: int,
+    longest: int,
+    cases: int,
+    draws: int | None = None,
+    end: float = math.inf,
 ) -> None:
     """Try so many cases of a property; the last that is tried after a failure is the smallest.
 
@@ -114,6 +130,7 @@ def search(
         longest: the largest length.
         cases: so many are tried.
         draws: which ones: the same for the same number; None stands for one more such number.
+        end: of `time.perf_counter`, after which no case is begun.
 
     Raises:
         InvarianceViolation: two computations of a row have other bits.
@@ -121,6 +138,7 @@ def search(
     least = PROPERTIES[name].least
     sizes = st.sampled_from([n for n in SIZES if least <= n <= most] or [most])
     lengths = st.sampled_from([n for n in LENGTHS if n <= longest] or [longest])
+    smallest: InvarianceViolation | None = None
 
     @settings(
         max_examples=cases,
@@ -134,6 +152,9 @@ def search(
     )
     @given(st.data())
     def attempt(data: st.DataObject) -> None:
+        nonlocal smallest
+        if time.perf_counter() >= end:
+            raise _OutOfTime
         size = data.draw(st.integers(least, most) | sizes)
         length = data.draw(st.integers(1, longest) | lengths) if subject.takes_length else None
         seed = data.draw(st.integers(0, 2**16))
@@ -145,13 +166,23 @@ def search(
             drawn[what] = data.draw(strategy)
             return drawn[what]
 
-        _compare(subject, PROPERTIES[name], drawn, choose)
+        try:
+            _compare(subject, PROPERTIES[name], drawn, choose)
+        except InvarianceViolation as violation:
+            smallest = violation
+            raise
 
     try:
         (attempt if draws is None else seed_of(draws)(attempt))()
     except (InvarianceViolation, BicompileError) as error:
         error.__notes__ = []  # what Hypothesis adds speaks of its own draws
         raise
+    except (_OutOfTime, Flaky):  # after the end, Hypothesis misses the draws that were not made
+        if time.perf_counter() < end:
+            raise
+        if smallest is not None:
+            smallest.__notes__ = []
+            raise smallest from None
 
 
 def _replay(subject: Subject, example: Example) -> None:
@@ -166,8 +197,9 @@ def _compare(
     try:
         assert_same_bits(other.compute(), one.compute(), other.what)
     except InvarianceViolation as violation:
-        message = _message(subject, drawn, one, other, str(violation))
-        raise InvarianceViolation(message) from None
+        found = InvarianceViolation(_message(subject, drawn, one, other, str(violation)))
+        found.example = dict(drawn)
+        raise found from None
 
 
 def _message(subject: Subject, drawn: Example, one: Run, other: Run, what: str) -> str:
