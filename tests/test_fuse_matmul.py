@@ -140,9 +140,12 @@ def three_inputs(t, q, k):
     return t @ q, (t + 1) @ k, (t + 2) @ k
 
 
-def with_factors(t, q, k):
-    bias = t[0]
-    return [torch.addmm(bias, t, w, beta=0.5, alpha=2) for w in (q, k, q)]
+def with_factors(t, q, k, v, bias, beta=0.5, alpha=2):
+    return [torch.addmm(bias, t, w, beta=beta, alpha=alpha) for w in (q, k, v)]
+
+
+def without_factors(t, *parameters):
+    return with_factors(t, *parameters, beta=1, alpha=1)
 
 
 def test_a_residual_of_another_dtype_is_added_apart():
@@ -153,7 +156,15 @@ def test_a_residual_of_another_dtype_is_added_apart():
     torch.testing.assert_close(ours, true, rtol=1e-2, atol=1e-1)
 
 
-@pytest.mark.parametrize("function", [depends, pair, three_inputs, with_factors])
+@pytest.mark.parametrize(("function", "joined"), [(without_factors, 1), (with_factors, 0)])
+def test_products_with_factors_do_not_stand_side_by_side(function, joined):
+    parameters = weights(torch.float32, (24, 9), (24, 9), (24, 9), (9,))
+    gm, _, ours, true = rewrite(function, x(24, 24), *parameters)
+    assert count(gm, OPS["qkv_proj"]) == joined
+    torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("function", [depends, pair, three_inputs])
 def test_products_that_do_not_stand_side_by_side(function):
     gm, _, ours, true = rewrite(function, x(24, 24), *weights(torch.float32, (24, 24), (24, 24)))
     assert count(gm, OPS["qkv_proj"]) == 0
