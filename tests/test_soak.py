@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import sqlite3
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import planted_ops  # noqa: F401
 import pytest
+import torch
 
 from bicompile import cli, errors, registry
 from bicompile.soak import subjects, work
@@ -72,6 +74,7 @@ def test_a_block_counts_once_or_not_at_all(tmp_path):
     assert again.cases == 64 and again.done() == {"sum": {0}}
     assert again.counts() == {"sum": Counter({"law": 63, "other": 1})}
     assert again.failures() == [twice[0]]
+    assert again.rates() == {"sum": 64.0}
     with pytest.raises(errors.StateDiffers, match="torch: 1, here 2"):
         State(file, {"torch": "2"})
 
@@ -80,6 +83,20 @@ def test_a_process_that_dies_is_found():
     block = work._lost(("sum", 2), EOFError("died"))
     assert block.failures[0].number == 128
     assert "--case 'sum@NUMBER'" in block.failures[0].message
+
+
+def test_processes_share_out_the_gpus(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    begun = multiprocessing.get_context("spawn").Value("i", 0)
+    monkeypatch.setattr(work.logging, "disable", lambda level: None)
+    monkeypatch.setattr(work.warnings, "simplefilter", lambda action: None)
+    for device in ("cuda", "cuda", "cuda", "cpu"):
+        work._begin(device, (), begun)
+    assert chosen == [0, 1, 0]
+    assert begun.value == 4
 
 
 # ----------------------------------------------------------------------------------- the command

@@ -153,10 +153,12 @@ def _panel(failure: Failure) -> Panel:
 
 
 def table(state: State) -> Table:
-    """Cases and differences of each subject."""
-    found = Table("subject", "cases", "differences", title="soak")
+    """Cases and differences of each subject, and how many cases a process runs in a second."""
+    found = Table("subject", "cases", "a second", "differences", title="soak")
+    rates = state.rates()
     failures = [f.subject for f in state.failures()]
     for name, laws in sorted(state.counts().items()):
         count = failures.count(name)
-        found.add_row(name, str(sum(laws.values())), str(count), style="red" if count else None)
+        cells = str(sum(laws.values())), f"{rates[name]:.1f}", str(count)
+        found.add_row(name, *cells, style="red" if count else None)
     return found

@@ -122,6 +122,11 @@ class State:
             found[subject].update(json.loads(laws))
         return found
 
+    def rates(self) -> dict[str, float]:
+        """Subject -> cases a second of one process."""
+        found = "SELECT subject, sum(cases) / sum(seconds) FROM blocks GROUP BY subject"
+        return {name: round(rate or 0.0, 1) for name, rate in self.connection.execute(found)}
+
     def failures(self) -> Sequence[Failure]:
         """All that was found."""
         rows = self.connection.execute("SELECT * FROM failures ORDER BY subject, number")
@@ -135,5 +140,6 @@ class State:
             "cases": self.cases,
             "seconds": round(seconds or 0.0, 1),
             "subjects": {name: dict(laws) for name, laws in sorted(self.counts().items())},
+            "cases a second of one process": self.rates(),
             "failures": [vars(f) for f in self.failures()],
         }

@@ -59,13 +59,16 @@ def each(
 ) -> Generator[Block]:
     """Run blocks in `jobs` processes, as they come, until `end` (of `time.perf_counter`).
 
+    On GPUs, the processes take them in turn.
+
     Closing the generator ends the processes; what is not whole by then is not there.
     """
     from pebble import ProcessPool
 
     context = multiprocessing.get_context("spawn")
     tasks = iter(tasks)
-    with ProcessPool(jobs, 0, initializer=_begin, initargs=(modules,), context=context) as pool:
+    begun = (device, modules, context.Value("i", 0))
+    with ProcessPool(jobs, 0, initializer=_begin, initargs=begun, context=context) as pool:
         running: dict[Any, tuple[str, int]] = {}
         try:
             while True:
@@ -100,9 +103,14 @@ def _lost(task: tuple[str, int], error: BaseException | None) -> Block | None:
     return Block(subject, block, {law: 1}, 0.0, (Failure(subject, first, law, message),))
 
 
-def _begin(modules: Sequence[str]) -> None:
+def _begin(device: str, modules: Sequence[str], begun: Any) -> None:
+    """Make a process ready; `begun` counts them, for the GPUs to be shared out."""
     import torch
 
+    with begun.get_lock():
+        place, begun.value = begun.value, begun.value + 1
+    if device == "cuda":
+        torch.cuda.set_device(place % torch.cuda.device_count())
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
