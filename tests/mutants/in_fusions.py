@@ -5,8 +5,8 @@ from __future__ import annotations
 from .mutant import Mutant
 
 RULES = ("tests/test_rules.py",)
-FUSE_MATMUL = ("tests/test_fuse_matmul.py", "-k", "not no_bit_changes")  # it takes minutes
-FUSE_ROPE = ("tests/test_fuse_rope.py",)
+FUSE_MATMUL = ("tests/test_fuse_matmul.py", "-k", "not no_bit_changes")  # which takes minutes
+FUSE_ROPE = ("tests/test_fuse_rope.py", "-k", "not no_bit_changes")
 FUSE_LOG = ("tests/test_fuse_log_softmax.py",)
 DEDUPLICATE = ("tests/test_deduplicate.py",)
 
