@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from bicompile import cli, errors, registry
-from bicompile.soak import subjects, work
+from bicompile.soak import page, subjects, work
 from bicompile.soak.state import Block, Failure, State
 from bicompile.testing import InvarianceViolation, assert_op_invariant
 
@@ -99,12 +99,20 @@ def test_processes_share_out_the_gpus(monkeypatch):
     assert begun.value == 4
 
 
+def test_the_page_shows_its_record():
+    docs = HERE.parent / "docs"
+    summary = json.loads((docs / "soak.json").read_text())
+    assert (docs / "soak.md").read_text() == page.render(summary)
+    assert not summary["failures"]
+    assert {*summary["subjects"]} <= {*subjects.ops(), *subjects.MODELS}
+
+
 # ----------------------------------------------------------------------------------- the command
 
 
 def test_killed_it_goes_on(tmp_path):
     """Killed in the middle, continued until 1500 cases: none is lost, none comes twice."""
-    state, report = tmp_path / "state.db", tmp_path / "soak.json"
+    state, report, shown = (tmp_path / name for name in ("state.db", "soak.json", "soak.md"))
     names = ["--only", "planted::honest", "planted::small_batches", *LOADED, "--state", state]
     command = [sys.executable, "-m", "bicompile", "soak", *map(str, names), "--minutes", "5"]
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
@@ -115,8 +123,9 @@ def test_killed_it_goes_on(tmp_path):
     running.wait()
     before = _cases(state)
     assert before >= 200
-    assert soak(*names, "--cases", before + 300, "--json", report) == 1
+    assert soak(*names, "--cases", before + 300, "--json", report, "--page", shown) == 1
     found = json.loads(report.read_text())
+    assert shown.read_text() == page.render(found)
     assert before + 300 <= found["cases"] <= before + 300 + 4 * work.OF_OPS
     assert found["cases"] == sum(sum(laws.values()) for laws in found["subjects"].values())
     done = State(state, {}).done()

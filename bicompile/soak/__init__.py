@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--state", type=Path, metavar="FILE", help="keep cases, go on from them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was done")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write it as a page")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these ops and models")
     parser.add_argument(
         "--load", nargs="+", default=[], metavar="MODULE", help="modules that register more ops"
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Search; 1 if something was found."""
     _require()
     check_device(args.device)
-    from bicompile.soak import subjects
+    from bicompile.soak import page, subjects
 
     console = Console(highlight=False)
     if args.case:
@@ -61,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     if args.json:
         args.json.write_text(json.dumps(state.summary(), indent=1, ensure_ascii=False) + "\n")
+    if args.page:
+        args.page.write_text(page.render(state.summary()))
     console.print(table(state))
     failures = state.failures()
     for failure in failures[:20]:

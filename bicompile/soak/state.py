@@ -125,7 +125,7 @@ class State:
     def rates(self) -> dict[str, float]:
         """Subject -> cases a second of one process."""
         found = "SELECT subject, sum(cases) / sum(seconds) FROM blocks GROUP BY subject"
-        return {name: round(rate or 0.0, 1) for name, rate in self.connection.execute(found)}
+        return {name: round(rate or 0.0, 2) for name, rate in self.connection.execute(found)}
 
     def failures(self) -> Sequence[Failure]:
         """All that was found."""
