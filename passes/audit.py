@@ -89,7 +89,8 @@ ALLOWED: dict[str, tuple[str, frozenset[str]]] = {
     "order-free reduction": (
         "maximum, minimum and logical reductions are exact in every order",
         frozenset(
-            "all amax amin any aminmax argmax argmin cummax cummin max min "
+            "all amax amin any aminmax argmax argmin cummax cummin max min _is_all_true "
+            "_is_any_true "
             "_low_memory_max_pool_with_offsets _low_memory_max_pool_offsets_to_indices".split()
         ),
     ),
@@ -100,6 +101,13 @@ ALLOWED: dict[str, tuple[str, frozenset[str]]] = {
     "search": (
         "a position found by comparing",
         frozenset("bucketize searchsorted".split()),
+    ),
+    "assertion": (
+        "a condition is checked, no number is computed",
+        frozenset(
+            "_assert_async _functional_assert_async _functional_assert_scalar _make_dep_token "
+            "_make_token".split()
+        ),
     ),
     "size": (
         "a number computed from sizes",

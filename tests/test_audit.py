@@ -40,6 +40,9 @@ STAYING = {
     "positions": lambda: torch.arange(6) * X,
     "moves": lambda: torch.cat([X.t().reshape(6, 4).clone(), X[:, :4].flip(0)]),
     "made": lambda: torch.full_like(X, 3.0),
+    "assertion": lambda: torch.ops.aten._assert_async.msg(
+        torch.ops.aten._is_all_true(X < 1), "too large"
+    ),
 }
 
 
@@ -95,3 +98,18 @@ def test_what_is_only_deterministic_is_said_to_be_so():
     model(X).sum().backward()
     products = [d for r in REPORTS for d in r.decisions if d.target.startswith("aten.mm")]
     assert {d.verdict for d in products} == {Verdict.INVARIANT, Verdict.DETERMINISTIC}
+
+
+def test_an_assertion_still_raises():
+    """It stays in the graph, changes no value, and fails where its condition is False."""
+
+    def checked(x):
+        torch._assert_async(torch.ops.aten._is_all_true(x < 90), "too large")
+        return x * 2
+
+    compiled = torch.compile(checked, backend="batch_invariant")
+    x = torch.rand(5, 6)
+    assert torch.equal(compiled(x), x * 2)
+    x[4, 3] = 100
+    with pytest.raises(RuntimeError, match="too large"):
+        compiled(x)
