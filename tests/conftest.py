@@ -32,7 +32,9 @@ def pytest_collection_modifyitems(config, items):
     absent = [m for m in ("gpu", "soak", "real") if m not in chosen]
     left_out = [i for i in items if any(i.get_closest_marker(m) for m in absent)]
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [i for i in items if i not in set(left_out)]
+    # The longest first: no process is left with them in the end.
+    kept = [i for i in items if i not in set(left_out)]
+    items[:] = sorted(kept, key=lambda i: "in_the_interpreter" not in i.name)
 
 
 @pytest.fixture

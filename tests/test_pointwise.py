@@ -143,7 +143,9 @@ def test_every_function_is_invariant_in_float32():
     assert sweep.found == {}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.soak)], ids=str
+)
 def test_functions_with_two_bodies_are_invariant_in_half_types(dtype):
     sweep = Sweep(VARIANT, dtype)
     sweep.dynamic()

@@ -123,7 +123,7 @@ def test_checkpointing_changes_no_bit(case, device):
     testing.assert_same_bits(found.tensors(), expected.tensors(), "with checkpointing")
 
 
-@pytest.mark.parametrize("case", cases("vit-bfloat16"))
+@pytest.mark.parametrize("case", cases())
 def test_static_and_dynamic_graphs_agree(case):
     static, dynamic = (trained(case, dynamic=d) for d in (False, True))
     batch = Batches(static).many

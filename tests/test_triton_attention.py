@@ -244,7 +244,7 @@ def test_a_window_that_rolls_is_the_whole(dtype):
     assert (bits(sdpa(q, k, v, seen)) != bits(whole)).any(), "numbers take part: the test can fail"
     for mask in (numbers, seen):
         whole = sdpa(q, k, v, mask)
-        for start, end in ((n - 26, n - 10), (n - 1, n)):
+        for start, end in ((n - 26, n - 10), (n - 1, n))[: 1 if INTERPRET else None]:
             first = start - window + 1
             part = (q[:, :, start:end], k[:, :, first:end], v[:, :, first:end])
             for split in (False, True):
@@ -263,7 +263,7 @@ def test_rows_begin_anywhere(dtype):
     random = (torch.rand(n, n, generator=torch.Generator().manual_seed(1)) < 0.1).to(DEVICE)
     alone = sdpa(*(t[:, :, cut:] for t in (q, k, v)), causal=True)
     same(sdpa(q, k, v, packed)[:, :, cut:], alone)
-    for mask in (packed, random, torch.where(random, 0.5, -INF)):
+    for mask in (packed, random, torch.where(random, 0.5, -INF))[:: 2 if INTERPRET else 1]:
         whole = sdpa(q, k, v, mask)
         for s in _schedules(q, 64)[: 1 if INTERPRET else None]:
             for split in (False, True):

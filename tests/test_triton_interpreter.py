@@ -13,14 +13,16 @@ triton = pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-FAMILIES = "attention convolution matmul mixtures order rows scan scatter schedules verify windows"
+FAMILIES = "attention convolution matmul mixtures order rows scan scatter schedules verify"
 
 
 @pytest.mark.skipif(
     Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"),
     reason="the interpreter of this Triton needs NumPy below 2.4",
 )
-@pytest.mark.parametrize("family", FAMILIES.split())
+@pytest.mark.parametrize(
+    "family", [*FAMILIES.split(), pytest.param("windows", marks=pytest.mark.soak)]
+)
 def test_in_the_interpreter(family):
     environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
