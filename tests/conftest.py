@@ -25,6 +25,8 @@ hypothesis.settings.register_profile("soak", max_examples=500, deadline=None, pr
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev")
 hypothesis.settings.load_profile(PROFILE)
 
+LONGEST = ("test_in_the_interpreter", "test_every_function_is_invariant_in_float32")
+
 
 def pytest_collection_modifyitems(config, items):
     """Leave out what needs a GPU, the real model or much time, unless it is asked for by name."""
@@ -34,7 +36,7 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=left_out)
     # The longest first: no process is left with them in the end.
     kept = [i for i in items if i not in set(left_out)]
-    items[:] = sorted(kept, key=lambda i: "in_the_interpreter" not in i.name)
+    items[:] = sorted(kept, key=lambda i: not i.name.startswith(LONGEST))
 
 
 @pytest.fixture

@@ -276,6 +276,7 @@ def test_loop_over_steps():
     assert str(found).startswith("first difference: step 103, layers.1, linear_1")
 
 
+@pytest.mark.soak
 def test_padding():
     """A row alone, and behind padding that its mask hides."""
     torch.manual_seed(0)

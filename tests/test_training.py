@@ -113,7 +113,7 @@ def test_pytorch_itself_is_caught():
 
 
 @each_device
-@pytest.mark.parametrize("case", cases("llama-bfloat16"))
+@pytest.mark.parametrize("case", cases())
 def test_checkpointing_changes_no_bit(case, device):
     """What is computed again in the backward graph is what the forward graph computed."""
     plain, checkpointed = (trained(case, device, checkpointing=c) for c in (False, True))

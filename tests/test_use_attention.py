@@ -245,6 +245,7 @@ def test_on_a_cpu_sdpa_needs_nothing(name, dtype, law):
     search(tiny(name, dtype, "sdpa"), name, law)
 
 
+@pytest.mark.soak
 def test_an_encoder_decoder_may_be_padded():
     """One example of the search above: source and target, each among others."""
     example = {
