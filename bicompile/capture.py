@@ -23,7 +23,7 @@ from torch._guards import CompileContext
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from bicompile import flex, graph
+from bicompile import decompositions, flex, graph
 from bicompile.attention_parts import attention_in_parts
 from bicompile.contract import HALF_AND_FLOAT
 from bicompile.errors import (
@@ -300,6 +300,7 @@ def decomposition_table() -> _Table:
             and op._schema.name.removeprefix("aten::") in OWNED
         )
     )
+    table.update(decompositions.TABLE)
     table[aten._transformer_encoder_layer_fwd.default] = encoder_layer
     table[aten.mkldnn_rnn_layer.default] = lstm_layer
     # In eval mode this op is pointwise; in training mode it arrives as its functional form.

@@ -66,6 +66,9 @@ def _scatter_add(emit, self, dim, index, src):
         return NotImplemented
     dim %= rank
     shape, places = value(self).shape, value(index).shape
+    for d, (used, given) in enumerate(zip(places, value(src).shape, strict=True)):
+        if not statically_known_true(used == given):  # of a larger source, the first are added
+            src = emit(aten.slice.Tensor, src, d, 0, size(emit, index, d, used))
     fewer = [
         d != dim and not statically_known_true(have == want)
         for d, (have, want) in enumerate(zip(shape, places, strict=True))

@@ -1,0 +1,253 @@
+"""Ops opened into others before our passes see them: what is left is pointwise, or a sum we own.
+
+An average of windows, `aten.avg_pool2d(x, [3, 3], [2, 2], [1, 1])`, is, axis by axis from the last
+on, each window from its first element on::
+
+    %p = aten.constant_pad_nd(%x, [1, 1, 1, 1])
+    %w = aten.unfold(%p, -1, 3, 2)
+    %s = aten.select(%w, -1, 0) + aten.select(%w, -1, 1) + aten.select(%w, -1, 2)
+    ...
+    %y = %s / 9
+
+A window of more than `LONG` elements is a sum of ours.  Half types are added in float32 and rounded
+once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+LONG = 64  # pinned: from here on a window is summed by a kernel
+
+
+def _each(given: Sequence[int], rank: int) -> list[int]:
+    """One number for each axis, of one for all."""
+    return list(given) if len(given) == rank else list(given) * rank
+
+
+def _add(terms: Sequence[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _window_sums(x: Tensor, dim: int, size: int, step: int) -> Tensor:
+    """Sums of `size` elements along an axis, at every `step`."""
+    windows = x.unfold(dim, size, step)
+    if size > LONG:
+        return windows.sum(-1)
+    return _add([windows.select(-1, i) for i in range(size)])
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _along(x: Tensor, numbers: Tensor, dim: int) -> Tensor:
+    """Numbers of an axis (counted from the end), to be combined with the elements of x."""
+    return numbers.to(x.dtype).reshape([-1, *[1] * (-dim - 1)])
+
+
+def avg_pool(rank: int) -> Callable[..., Tensor]:
+    """`aten.avg_pool{rank}d`."""
+
+    def decompose(
+        x: Tensor,
+        kernel_size: Sequence[int],
+        stride: Sequence[int] = (),
+        padding: Sequence[int] = (0,),
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Tensor:
+        if not x.is_floating_point():
+            return NotImplemented  # type: ignore[no-any-return]
+        sizes, pads = _each(kernel_size, rank), _each(padding, rank)
+        steps = _each(stride, rank) if stride else sizes
+        total = _wide(x)
+        divisor: list[Any] = []
+        for dim in range(-1, -rank - 1, -1):
+            size, step, pad = sizes[dim], steps[dim], pads[dim]
+            extra = 0
+            if ceil_mode:
+                length = int(x.shape[dim])
+                count = -((size - length - 2 * pad) // step) + 1
+                count -= (count - 1) * step >= length + pad
+                extra = max((count - 1) * step + size - length - 2 * pad, 0)
+            if pad or extra:
+                total = F.pad(total, [*[0, 0] * (-dim - 1), pad, pad + extra])
+            total = _window_sums(total, dim, size, step)
+            if (pad and not count_include_pad) or extra:
+                divisor.append(_along(total, _present(x, total, dim, size, step, pad,
+                                                      count_include_pad), dim))  # fmt: skip
+            else:
+                divisor.append(size)
+        if divisor_override is not None:
+            divisor = [divisor_override]
+        mean: Tensor = total / _product(divisor)
+        return mean.to(x.dtype)
+
+    return decompose
+
+
+def _present(
+    x: Tensor, sums: Tensor, dim: int, size: int, step: int, pad: int, with_padding: bool
+) -> Tensor:
+    """How many elements each window along an axis has."""
+    length, margin = x.shape[dim], pad if with_padding else 0
+    start = torch.arange(sums.shape[dim], device=x.device) * step - pad
+    return (start + size).clamp(max=length + margin) - start.clamp(min=-margin)
+
+
+def _product(numbers: Sequence[Any]) -> Any:
+    product = numbers[0]
+    for number in numbers[1:]:
+        product = product * number
+    return product
+
+
+def adaptive_avg_pool(rank: int) -> Callable[..., Tensor]:
+    """`aten._adaptive_avg_pool{rank}d`: window i of n reads [i * S // n, ceil((i + 1) * S / n))."""
+
+    def decompose(x: Tensor, output_size: Sequence[int]) -> Tensor:
+        if not x.is_floating_point():
+            return NotImplemented  # type: ignore[no-any-return]
+        if 0 in output_size:
+            return x.new_empty([*x.shape[:-rank], *output_size])
+        total = _wide(x)
+        divisor: list[Any] = []
+        for dim in range(-1, -rank - 1, -1):
+            length, count = int(x.shape[dim]), int(output_size[dim])
+            if length % count == 0:
+                size = length // count
+                total = _window_sums(total, dim, size, size)
+                divisor.append(size)
+                continue
+            i = torch.arange(count, device=x.device)
+            start, stop = i * length // count, ((i + 1) * length + count - 1) // count
+            longest = max(-(-(n + 1) * length // count) - n * length // count for n in range(count))
+            terms = []
+            for place in range(longest):
+                term = total.index_select(dim, (start + place).clamp(max=length - 1))
+                inside = (start + place < stop).reshape([-1, *[1] * (-dim - 1)])
+                terms.append(torch.where(inside, term, 0.0))
+            total = _add(terms) if longest <= LONG else torch.stack(terms, -1).sum(-1)
+            divisor.append(_along(total, stop - start, dim))
+        mean: Tensor = total / _product(divisor)
+        return mean.to(x.dtype)
+
+    return decompose
+
+
+def col2im(
+    x: Tensor,
+    output_size: Sequence[int],
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    stride: Sequence[int],
+) -> Tensor:
+    """`F.fold`: each tap of the windows lies on the image; the taps are added in their order."""
+    wanted = [n + 2 * p for n, p in zip(output_size, padding, strict=True)]
+    counts = [
+        (n - d * (k - 1) - 1) // s + 1
+        for n, d, k, s in zip(wanted, dilation, kernel_size, stride, strict=True)
+    ]
+    windows = _wide(x).unflatten(-1, counts).unflatten(-3, [-1, *kernel_size])
+    total: Tensor | None = None
+    for i in range(kernel_size[0]):
+        for j in range(kernel_size[1]):
+            tap = windows[..., i, j, :, :]
+            for dim, at in ((-2, i * dilation[0]), (-1, j * dilation[1])):
+                tap = _apart(tap, dim, stride[dim], at, wanted[dim])
+            total = tap if total is None else total + tap
+    assert total is not None  # a kernel has a tap
+    image: Tensor = total
+    for dim in (-2, -1):
+        image = image.narrow(dim, padding[dim], output_size[dim])
+    return image.to(x.dtype)
+
+
+def _apart(x: Tensor, dim: int, step: int, at: int, length: int) -> Tensor:
+    """Zeros of a length along an axis, with the elements of x at `at`, `at + step`, ..."""
+    apart = F.pad(x.unsqueeze(dim), [*[0, 0] * (-dim - 1), 0, step - 1]).flatten(dim - 1, dim)
+    behind = length - at - apart.shape[dim]
+    return F.pad(apart, [*[0, 0] * (-dim - 1), at, behind])
+
+
+def trilinear(
+    one: Tensor,
+    two: Tensor,
+    three: Tensor,
+    expand1: Sequence[int],
+    expand2: Sequence[int],
+    expand3: Sequence[int],
+    sumdim: Sequence[int],
+    unroll_dim: int = 1,
+) -> Tensor:
+    """`nn.Bilinear`: a matrix product, then a sum for each output; else one sum of products."""
+    dtype = one.dtype
+    one, two, three = _wide(one), _wide(two), _wide(three)
+    if [*expand1, *expand2, *expand3, *sumdim] == [1, 3, 0, 1, 2, 2, 3]:
+        outputs, length, width = two.shape
+        half = one @ two.transpose(0, 1).reshape(length, outputs * width)
+        terms: Tensor = half.unflatten(-1, [outputs, width]) * three.unsqueeze(1)
+        return terms.sum(-1).to(dtype)
+    factors = []
+    for factor, dims in ((one, expand1), (two, expand2), (three, expand3)):
+        for dim in dims:
+            factor = factor.unsqueeze(dim)
+        factors.append(factor)
+    product: Tensor = factors[0] * factors[1] * factors[2]
+    return product.sum(list(sumdim)).to(dtype)
+
+
+def cdist(x1: Tensor, x2: Tensor, p: float, compute_mode: int | None) -> Tensor:
+    """Norms of differences; never by way of a product, which loses small distances."""
+    norms: Tensor = torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
+    return norms
+
+
+def pdist(x: Tensor, p: float = 2) -> Tensor:
+    """Norms of the differences of all pairs of rows."""
+    rows, others = torch.triu_indices(len(x), len(x), 1, device=x.device)
+    norms: Tensor = torch.linalg.vector_norm(x[rows] - x[others], p, dim=-1)
+    return norms
+
+
+def nanmedian(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """The lower of the two in the middle of what is a number; sorting puts NaN behind."""
+    if not x.is_floating_point() or x.dim() == 0:
+        return NotImplemented  # type: ignore[no-any-return]
+    values, places = torch.sort(x, stable=True, dim=dim)
+    count = x.isnan().logical_not().sum(dim, keepdim=True)
+    middle = ((count - 1) // 2).clamp(min=0)
+    found = values.gather(dim, middle), places.gather(dim, middle)
+    return found if keepdim else (found[0].squeeze(dim), found[1].squeeze(dim))
+
+
+def nanmedian_of_all(x: Tensor) -> Tensor:
+    """The same over all elements."""
+    found = nanmedian(x.flatten(), 0)
+    return found if found is NotImplemented else found[0]
+
+
+TABLE: Mapping[torch._ops.OpOverload, Callable[..., Any]] = {
+    aten.avg_pool2d.default: avg_pool(2),
+    aten.avg_pool3d.default: avg_pool(3),
+    aten._adaptive_avg_pool2d.default: adaptive_avg_pool(2),
+    aten._adaptive_avg_pool3d.default: adaptive_avg_pool(3),
+    aten.col2im.default: col2im,
+    aten._trilinear.default: trilinear,
+    aten._cdist_forward.default: cdist,
+    aten._pdist_forward.default: pdist,
+    aten.nanmedian.dim: nanmedian,
+    aten.nanmedian.default: nanmedian_of_all,
+}
