@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 import re
 import threading
 import time
-from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from bicompile import errors, testing
-from bicompile.testing import PROPERTIES, InvarianceViolation, assert_batch_invariant, gallery
+from bicompile.testing import PROPERTIES, InvarianceViolation, assert_batch_invariant
 
 
 def rows(*shape, dtype=torch.float32):
@@ -231,29 +228,6 @@ def test_ours_is_invariant_in_another_process_and_in_training():
 
 def rows_of_input_64(batch):
     return {"input": torch.randn(batch, 64)}
-
-
-# ---------------------------------------------------------------------------------- the gallery
-
-
-def test_a_piece_of_the_gallery_breaks_by_default_and_holds_under_ours():
-    broken = gallery.search("Linear", "eager", 60)
-    assert broken.property == "batch size"
-    assert broken.example["batch"] == 2
-    assert "first at [0, " in broken.difference
-    assert gallery.search("Linear", "batch_invariant", 1).property == ""
-
-
-def test_the_page_of_the_gallery_shows_its_record():
-    """After a new run: python -m bicompile.testing.gallery --json docs/... --page docs/..."""
-    docs = Path(__file__).parent.parent / "docs"
-    record = json.loads((docs / "gallery.json").read_text())
-    assert (docs / "gallery.md").read_text() == gallery.render(record)
-    broken = Counter(one["backend"] for one in record["found"] if one["property"])
-    assert min(broken["eager"], broken["inductor"]) >= 10
-    assert broken["batch_invariant"] == 0
-    assert {one["piece"] for one in record["found"]} == {*gallery.PIECES}
-    assert max(one["seconds"] for one in record["found"] if one["property"]) < 60
 
 
 # ------------------------------------------------------------------------------ limits of time
