@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bicompile import cli, native, registry, testing
-from bicompile.coverage import checks, models, ops, page, work
+from bicompile.coverage import checks, models, ops, page
 from bicompile.coverage.results import CLASSES, FAILED, Results
 from bicompile.coverage.zoo import ZOO, Entry
 from bicompile.passes.rules import RULES
@@ -71,16 +71,6 @@ def test_the_command_continues_a_file(tmp_path, capsys):
     assert found.ops["floor"]["bfloat16"].checks
     assert {n for n in found.ops if found.ops[n] != RESULTS.ops[n]} <= {"floor"}
     assert "| `floor` |" in shown.read_text()
-
-
-def test_a_process_that_dies_takes_no_other_task_along():
-    tasks = [("1 + 1",), ("1 / 0",), ("__import__('os')._exit(3)",)]
-    found = dict(work.each(eval, tasks, jobs=1, seconds=60))
-    assert [type(found[task]).__name__ for task in tasks] == [
-        "int",
-        "ZeroDivisionError",
-        "ProcessExpired",
-    ]
 
 
 # ------------------------------------------------------------------------- the checks can fail

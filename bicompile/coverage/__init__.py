@@ -11,17 +11,36 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bicompile.coverage.results import CLASSES, FAILED, ModelResult, OpResult, Results, first_line
+from bicompile import pool
+from bicompile.coverage.results import (
+    CLASSES,
+    FAILED,
+    ModelResult,
+    OnGpu,
+    OpResult,
+    Results,
+    first_line,
+)
 from bicompile.errors import BicompileError, CoverageUnavailable
+from bicompile.machine import check_device, machine, title
+from bicompile.report import Verdict
 
 SECONDS = 900.0
 """After which an operation or a model is given up."""
+TASKS = 60
+"""A process is replaced after so many: compiled code stays in its memory."""
 CHECKED = ("float32", "bfloat16")
 """Dtypes in which operations are compiled and run."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `bicompile coverage`."""
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: run again on a GPU what FILE says holds on the CPU",
+    )
     parser.add_argument("--ops", action="store_true", help="operations (default: both)")
     parser.add_argument("--models", action="store_true", help="models (default: both)")
     parser.add_argument(
@@ -38,10 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run what was asked for, write it down, print the counts; 1 if something is wrong."""
     _require()
-    keep = args.json and (args.resume or args.only is not None)
+    check_device(args.device)
+    on_gpu = args.device == "cuda"
+    keep = args.json and (args.resume or args.only is not None or on_gpu)
     results = Results.load(args.json) if keep else Results()
     console = Console(highlight=False)
-    for stage in (_judge, _check, _models):
+    for stage in (_ops_on_gpu, _models_on_gpu) if on_gpu else (_judge, _check, _models):
         stage(args, results, console)
     if args.page:
         from bicompile.coverage import page
@@ -110,6 +131,48 @@ def _models(args: argparse.Namespace, results: Results, console: Console) -> Non
         _keep(args, results)
 
 
+def _ops_on_gpu(args: argparse.Namespace, results: Results, console: Console) -> None:
+    """The samples that hold on the CPU, on a GPU; those with kernels of ours first."""
+    from bicompile.coverage import ops
+
+    results.gpu = title(machine("cuda"))
+    tasks = [
+        (name, dtype, found.sample, "cuda")
+        for dtype in CHECKED
+        for name, by_dtype in sorted(results.ops.items(), key=lambda item: not _owned(item[1]))
+        if (found := by_dtype.get(dtype)) and found.checks
+        if _wanted(name, args.ops, args, found.gpu is not None)
+    ]
+    for (name, dtype, *_), found in _each(args, console, "check", ops.check, tasks):
+        results.ops[name][dtype].gpu = _on_gpu(found)
+        _keep(args, results)
+
+
+def _models_on_gpu(args: argparse.Namespace, results: Results, console: Console) -> None:
+    """The models that hold on the CPU, on a GPU."""
+    from bicompile.coverage import models
+
+    tasks = [
+        (name, "cuda")
+        for name, found in results.models.items()
+        if found.verdict not in (FAILED, Verdict.REFUSED.value)
+        if _wanted(name, args.models, args, found.gpu is not None)
+    ]
+    for (name, _), found in _each(args, console, "model", models.check, tasks):
+        if isinstance(found, ModelResult):
+            found = OnGpu(found.verdict, found.checks, found.reason)
+        results.models[name].gpu = _on_gpu(found)
+        _keep(args, results)
+
+
+def _on_gpu(found: OnGpu | list[str] | BaseException) -> OnGpu:
+    """What a check of a sample or a model returned or raised."""
+    if isinstance(found, BaseException):
+        refused = isinstance(found, BicompileError)
+        return OnGpu(Verdict.REFUSED.value if refused else FAILED, reason=first_line(found))
+    return found if isinstance(found, OnGpu) else OnGpu(checks=found)
+
+
 def _wanted(name: str, part: bool, args: argparse.Namespace, known: bool) -> bool:
     """Whether a task belongs to what was asked for; `part` and its opposite are the two halves."""
     if not part and args.ops != args.models:
@@ -127,12 +190,11 @@ def _each(
     tasks: Sequence[tuple[Any, ...]],
 ) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """What the function says of each task, under a bar; what was raised is told at once."""
-    from bicompile.coverage import work
-
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
         bar = progress.add_task(what, total=len(tasks))
-        for task, found in work.each(function, tasks, jobs=args.jobs, seconds=SECONDS):
+        given = {"jobs": args.jobs, "seconds": SECONDS, "most": TASKS, "device": args.device}
+        for task, found in pool.each(function, tasks, **given):
             named = " ".join([what, *map(str, task)])
             progress.update(bar, advance=1, description=named)
             if isinstance(found, BaseException):
@@ -149,6 +211,8 @@ def _print(results: Results, console: Console) -> int:
     counted = {
         "operations": Counter(results.verdict(name) for name in results.ops),
         "models": Counter(found.verdict for found in results.models.values()),
+        "operations on a GPU": Counter(v for n in results.ops if (v := results.on_gpu(n))),
+        "models on a GPU": Counter(m.gpu.verdict for m in results.models.values() if m.gpu),
     }
     for what, counts in counted.items():
         if counts:

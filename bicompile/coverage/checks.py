@@ -22,7 +22,12 @@ MOST_SEARCHED = 64
 
 
 def check(
-    function: Function, tensors: Tensors, *, value: bool = True, layouts: bool = True
+    function: Function,
+    tensors: Tensors,
+    *,
+    value: bool = True,
+    layouts: bool = True,
+    device: str = "cpu",
 ) -> list[str]:
     """Compile a function and compare its bits with those of other ways to run it.
 
@@ -31,6 +36,7 @@ def check(
         tensors: its inputs; each run gets copies.
         value: whether the values mean anything, as those of torch.empty do not.
         layouts: whether PyTorch itself can compile it for inputs in other layouts.
+        device: where the compiled code runs; inputs and what it is held against stay on the CPU.
 
     Returns:
         the names of the checks that were made.
@@ -40,7 +46,7 @@ def check(
         AssertionError: the values are not those of eager PyTorch.
     """
     with torch.no_grad():
-        run = _compiled(function)
+        run = _compiled(function, device)
         expected = run(*copies(tensors))
         if not value:
             return []
@@ -58,7 +64,7 @@ def check(
             _check_rows(run, tensors, rows, parts(expected))
             done += ["batch size", "position", "neighbours"]
         if any(t.dim() for t in tensors):
-            run = _compiled(function, dynamic=True)
+            run = _compiled(function, device, dynamic=True)
             try:
                 found = run(*copies(tensors))
             except Exception:
@@ -85,9 +91,24 @@ def pytorch_fails(function: Function, tensors: Tensors, *, dynamic: bool = False
     return False
 
 
-def _compiled(function: Function, dynamic: bool = False) -> Function:
+def _compiled(function: Function, device: str, dynamic: bool = False) -> Function:
     torch.compiler.reset()
-    return torch.compile(function, backend="batch_invariant", fullgraph=True, dynamic=dynamic)
+    run = torch.compile(function, backend="batch_invariant", fullgraph=True, dynamic=dynamic)
+    return lambda *tensors: moved(run(*(moved(t, device) for t in tensors)), "cpu")
+
+
+def moved(x: Any, device: str) -> Any:
+    """All tensors of a nest on a device, with the strides and the alignment that they have."""
+    return tree_map(lambda t: _moved(t, device) if _tensor(t) else t, x)
+
+
+def _moved(t: torch.Tensor, device: str) -> torch.Tensor:
+    if t.device.type == device or t.layout is not torch.strided:
+        return t.to(device)
+    if t.is_conj() or t.is_neg():
+        return t.resolve_conj().resolve_neg().to(device)
+    memory = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage()).to(device)
+    return memory.as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 def copies(tensors: Tensors) -> list[torch.Tensor]:

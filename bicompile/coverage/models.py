@@ -28,8 +28,12 @@ CHUNKS = (10, 6, 1, 1, 1, 1)
 PADDING = 7
 
 
-def check(name: str) -> ModelResult:
+def check(name: str, device: str = "cpu") -> ModelResult:
     """Compile a model of the zoo and check the bits of one of its rows.
+
+    Args:
+        name: of the model.
+        device: where its compiled code runs; inputs and what is compared stay on the CPU.
 
     Returns:
         what holds; nothing is raised for what goes wrong, it is written down.
@@ -38,7 +42,7 @@ def check(name: str) -> ModelResult:
     result = ModelResult(entry.kind, Verdict.INVARIANT.value)
     REPORTS.clear()
     try:
-        _check(entry, result)
+        _check(entry, result, device)
     except testing.InvarianceViolation as error:
         result.verdict, result.reason = FAILED, f"other bits: {first_line(error)}"
     except BicompileError as error:
@@ -65,13 +69,13 @@ def _reason(error: Exception) -> str:
     return first_line(error) + (f" at {line.split('/')[-1]}" if line else "")
 
 
-def _check(entry: Entry, result: ModelResult) -> None:
+def _check(entry: Entry, result: ModelResult, device: str) -> None:
     torch.manual_seed(0)
     model = entry.build().to(entry.dtype).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)  # so large that rows differ in all bits
     torch.compiler.reset()
-    row = _Row(entry, model)
+    row = _Row(entry, model, device)
     row.check_value()
     result.checks.append("value")
     row.check_batches()
@@ -87,14 +91,15 @@ def _check(entry: Entry, result: ModelResult) -> None:
 class _Row:
     """A compiled model and the row that is followed through it."""
 
-    def __init__(self, entry: Entry, model: Any) -> None:
-        self.entry, self.eager = entry, model
+    def __init__(self, entry: Entry, model: Any, device: str) -> None:
+        self.entry, self.eager, self.device = entry, model, device
         self.takes = set(inspect.signature(model.forward).parameters)
         self.row = self._random(1)
         # Some models of transformers make themselves ready in their first call.
         self.expected = self._call(model, self.row)
-        self.model, self.eager = model, copy.deepcopy(model)
-        bicompile.compile(model)
+        self.eager = copy.deepcopy(model)
+        self.model = model.to(device)
+        bicompile.compile(self.model)
         self.reference = self(self.row)
 
     def _random(self, batch: int) -> Inputs:
@@ -104,17 +109,19 @@ class _Row:
 
     def __call__(self, inputs: Inputs, **more: Any) -> list[torch.Tensor]:
         """The results whose rows are followed."""
-        return self._call(self.model, inputs, **more)
+        return self._call(self.model, inputs, self.device, **more)
 
-    def _call(self, model: nn.Module, inputs: Inputs, **more: Any) -> list[torch.Tensor]:
+    def _call(
+        self, model: nn.Module, inputs: Inputs, device: str = "cpu", **more: Any
+    ) -> list[torch.Tensor]:
         given = {**self._masks(inputs), **inputs, **more}
         if "use_cache" in self.takes:
             given.setdefault("use_cache", False)
         with torch.no_grad():
-            found = model(**given)
+            found = model(**checks.moved(given, device))
         names = self.entry.outputs or (("logits",) if hasattr(found, "logits") else ())
         kept = [getattr(found, n) for n in names] if names else tree_leaves(found)
-        return [t.clone() for t in kept if isinstance(t, torch.Tensor)]
+        return [t.cpu().clone() for t in kept if isinstance(t, torch.Tensor)]
 
     def _masks(self, inputs: Inputs) -> dict[str, torch.Tensor]:
         """All tokens of a text are there, and numbered."""

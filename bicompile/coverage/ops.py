@@ -139,11 +139,15 @@ def _judge(name: str, dtype: str) -> OpResult:
     return judged.result(max(good, key=sizes.__getitem__) if good else None)
 
 
-def check(name: str, dtype: str, sample: int) -> list[str]:
+def check(name: str, dtype: str, sample: int, device: str = "cpu") -> list[str]:
     """Compile a sample and check its bits; see `bicompile.coverage.checks.check`."""
     call = samples(name, dtype)[sample]
     return checks.check(
-        call.function, call.tensors, value="empty" not in name, layouts=name not in CONTIGUOUS
+        call.function,
+        call.tensors,
+        value="empty" not in name,
+        layouts=name not in CONTIGUOUS,
+        device=device,
     )
 
 

@@ -52,16 +52,20 @@ Nothing is read off a list: each entry is traced and judged by the passes that c
 `--json` has them (`--only` without a name writes the page anew); `--resume` for what the file
 lacks, which is written after each entry; `--jobs N` processes, of which a crash takes no other
 along; `--page FILE` for this page. The command prints the counts; its exit status is 1 if anything
-is wrong. It needs `pip install "bicompile[coverage]"`. The survey runs on the CPU: Triton kernels
-are checked by the tests ([CONTRIBUTING](../CONTRIBUTING.md)) and by `bicompile verify`
-([schedules](schedules.md)).
+is wrong. It needs `pip install "bicompile[coverage]"`.
+
+`--device cuda --json docs/coverage.json` then compiles for a GPU what holds on the CPU and makes
+the same checks there; they stand in the column *GPU*. Inputs, and what is held against,
+stay on the CPU. Triton kernels are also checked by the tests ([CONTRIBUTING](../CONTRIBUTING.md))
+and by `bicompile verify` ([schedules](schedules.md)).
 """
 
 
 def render(results: Results) -> str:
     """The whole page."""
-    parts = [HEADER, _models(results.models), _ops(results), _targets(results), METHOD]
-    return "\n".join(part.strip("\n") + "\n" for part in parts)
+    machine = f"The GPU: {results.gpu}." if results.gpu else ""
+    parts = [HEADER, machine, _models(results.models), _ops(results), _targets(results), METHOD]
+    return "\n".join(part.strip("\n") + "\n" for part in parts if part)
 
 
 # ---------------------------------------------------------------------------------------- models
@@ -69,6 +73,7 @@ def render(results: Results) -> str:
 
 def _models(models: Mapping[str, ModelResult]) -> str:
     text = f"## Models\n{_counts(m.verdict for m in models.values())}\n"
+    text += _counts_on_gpu(m.gpu.verdict for m in models.values() if m.gpu)
     kinds = list(dict.fromkeys(m.kind for m in models.values()))
     for kind in kinds:
         own = {name: m for name, m in models.items() if m.kind == kind}
@@ -79,19 +84,29 @@ def _models(models: Mapping[str, ModelResult]) -> str:
                 m.verdict,
                 str(m.graphs or ""),
                 ", ".join(m.checks),
+                _gpu(m),
                 _ops_of_ours(m.kernels),
                 _why(m),
             ]
             for name, m in own.items()
         ]
-        text += _table(["model", "class", "graphs", "bits agree in", "kernels", "why"], rows)
+        heads = ["model", "class", "graphs", "bits agree in", "GPU", "kernels", "why"]
+        text += _table(heads, rows)
     return text
 
 
 def _why(m: ModelResult) -> str:
     told = [m.reason] if m.reason else []
     told += [f"{law}: {reason}" for law, reason in m.open.items()]
+    told += [f"on a GPU: {m.gpu.reason}"] if m.gpu and m.gpu.reason else []
     return _quoted("; ".join(told))
+
+
+def _gpu(m: ModelResult) -> str:
+    """The same checks, or what became of the model there."""
+    if m.gpu is None:
+        return ""
+    return "the same" if m.gpu.checks == m.checks else m.gpu.verdict
 
 
 # ------------------------------------------------------------------------------------ operations
@@ -102,13 +117,12 @@ def _ops(results: Results) -> str:
     for name in results.ops:
         by_class[results.verdict(name)].append(name)
     text = f"## Operations\n{_counts(results.verdict(n) for n in results.ops)}\n"
+    text += _counts_on_gpu(found for n in results.ops if (found := results.on_gpu(n)))
     for name in (FAILED, *CLASSES):
         if by_class[name]:
             rows = [_op_row(n, results.ops[n], name) for n in sorted(by_class[name], key=str.lower)]
             text += f"\n### {name.capitalize()}: {len(rows)}\n"
-            heads = ["operation", "samples", "bits", "kernels"]
-            why = name not in (CLASSES[0], CLASSES[1])
-            text += _table([*heads, "why"] if why else heads, [r if why else r[:-1] for r in rows])
+            text += _table(["operation", "samples", "bits", "GPU", "kernels", "why"], rows)
     return text
 
 
@@ -118,12 +132,16 @@ def _op_row(name: str, by_dtype: Mapping[str, OpResult], verdict: str) -> list[s
     for result in used.values():
         samples.update(result.samples)
     compiled = [d for d, r in used.items() if r.checks]
+    on_gpu = [d for d, r in used.items() if r.gpu and r.gpu.checks]
     kernels = sorted({k for r in used.values() for k in r.kernels})
     reasons = dict.fromkeys(reason for r in used.values() for reason in r.reasons)
+    told = (f"on a GPU: {r.gpu.reason}" for r in used.values() if r.gpu and r.gpu.reason)
+    reasons |= dict.fromkeys(told)
     return [
         f"`{name}`",
         f"{samples[verdict]} of {samples.total()}",
         ", ".join(compiled),
+        ", ".join(on_gpu),
         _ops_of_ours(kernels),
         _quoted("; ".join(list(reasons)[:2])),
     ]
@@ -168,6 +186,11 @@ def _counts(verdicts: Iterable[str]) -> str:
     return f"Of {counts.total()}: {', '.join(told)}."
 
 
+def _counts_on_gpu(verdicts: Iterable[str]) -> str:
+    found = [*verdicts]
+    return f"\nOn a GPU, of {_counts(found)[3:]}\n" if found else ""
+
+
 def _ops_of_ours(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
@@ -177,5 +200,8 @@ def _quoted(text: str) -> str:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
+    """A table without the columns in which nothing stands."""
+    rows = [*rows]
+    kept = [i for i in range(len(heads)) if any(row[i] for row in rows)]
+    lines = [[line[i] for i in kept] for line in (heads, ["---"] * len(heads), *rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

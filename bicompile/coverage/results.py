@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from bicompile.report import Verdict
 
@@ -23,6 +24,7 @@ WORST_FIRST = (
 )
 CLASSES = (Verdict.INVARIANT.value, Verdict.DETERMINISTIC.value, Verdict.REFUSED.value)
 _LONGEST = 300
+R = TypeVar("R")
 
 
 def first_line(error: BaseException) -> str:
@@ -33,9 +35,29 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"[:_LONGEST]
 
 
+def _read(kind: type[R], entry: dict[str, Any]) -> R:
+    gpu = entry.get("gpu")
+    return kind(**{**entry, "gpu": gpu and OnGpu(**gpu)})
+
+
 def worst(verdicts: Iterable[str]) -> str:
     """The verdict that counts where there are several."""
     return min(verdicts, key=WORST_FIRST.index)
+
+
+@dataclass
+class OnGpu:
+    """What became of the same operation or model on a GPU.
+
+    Args:
+        verdict: "invariant" where all checks hold, "refused", or "failed".
+        checks: the bit checks that hold.
+        reason: why it was refused or failed.
+    """
+
+    verdict: str = Verdict.INVARIANT.value
+    checks: list[str] = field(default_factory=list)
+    reason: str = ""
 
 
 @dataclass
@@ -51,6 +73,7 @@ class OpResult:
         reasons: why samples were refused or failed, each once.
         sample: the largest that can be compiled.
         checks: the bit checks that hold for it; None if it was not compiled.
+        gpu: what became of that sample on a GPU; None if it did not run there.
     """
 
     verdict: str
@@ -60,6 +83,7 @@ class OpResult:
     reasons: list[str] = field(default_factory=list)
     sample: int | None = None
     checks: list[str] | None = None
+    gpu: OnGpu | None = None
 
     def refuse(self, reason: str) -> None:
         """Write down that the sample is refused with other sizes."""
@@ -86,6 +110,7 @@ class ModelResult:
         reason: why it was refused or failed.
         graphs: how many were compiled.
         kernels: the ops of ours in them.
+        gpu: what became of it on a GPU; None if it did not run there.
     """
 
     kind: str
@@ -95,14 +120,16 @@ class ModelResult:
     reason: str = ""
     graphs: int = 0
     kernels: list[str] = field(default_factory=list)
+    gpu: OnGpu | None = None
 
 
 @dataclass
 class Results:
-    """All results: of operations by name and dtype, of models by name."""
+    """All results: of operations by name and dtype, of models by name; and which GPU was used."""
 
     ops: dict[str, dict[str, OpResult]] = field(default_factory=dict)
     models: dict[str, ModelResult] = field(default_factory=dict)
+    gpu: str = ""
 
     @classmethod
     def load(cls, file: Path) -> Results:
@@ -110,8 +137,9 @@ class Results:
         if not file.exists():
             return cls()
         read = json.loads(file.read_text())
-        ops = {n: {d: OpResult(**r) for d, r in by.items()} for n, by in read["ops"].items()}
-        return cls(ops, {n: ModelResult(**r) for n, r in read["models"].items()})
+        ops = {n: {d: _read(OpResult, r) for d, r in by.items()} for n, by in read["ops"].items()}
+        models = {n: _read(ModelResult, r) for n, r in read["models"].items()}
+        return cls(ops, models, read.get("gpu", ""))
 
     def save(self, file: Path) -> None:
         """Write a file with a line for each operation and model; a reader never sees half of it."""
@@ -121,7 +149,7 @@ class Results:
             },
             "models": {n: dataclasses.asdict(r) for n, r in self.models.items()},
         }
-        parts = []
+        parts = [f'"gpu": {json.dumps(self.gpu)}']
         for part, entries in written.items():
             lines = (f" {json.dumps(n)}: {json.dumps(e)}" for n, e in sorted(entries.items()))
             parts.append(f'"{part}": {{\n' + ",\n".join(lines) + "\n}")
@@ -132,3 +160,8 @@ class Results:
     def verdict(self, name: str) -> str:
         """The class of an operation: that of the dtype that fares worst."""
         return worst(r.verdict for r in self.ops[name].values())
+
+    def on_gpu(self, name: str) -> str:
+        """The class of an operation on a GPU, likewise; "" if it did not run there."""
+        found = [r.gpu.verdict for r in self.ops[name].values() if r.gpu]
+        return worst(found) if found else ""
