@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map
 
 from bicompile.certificate import one_schedule
-from bicompile.graph import subgraphs, value
+from bicompile.graph import device_of, subgraphs, value
 from bicompile.inductor import outside_tracing
 from bicompile.registry import OPS
 
@@ -38,7 +38,7 @@ def kernels_built(gm: GraphModule) -> Iterator[None]:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool):
         for node in nodes:
-            with torch.cuda.device(_device(node)):
+            with torch.cuda.device(device_of(node)):
                 build(node)
         yield
 
@@ -52,7 +52,7 @@ def build(node: Node) -> None:
     launch = getattr(importlib.import_module(f"bicompile.kernels.{OPS[name].family}.gpu"), name)
     args = tree_map(value, node.args)
     for size in SIZES if _varies(args) else SIZES[:1]:
-        with schedules(), building_for(_device(node)), outside_tracing():
+        with schedules(), building_for(device_of(node)), outside_tracing():
             launch(*tree_map(lambda x, size=size: _with_size(x, size), args))
 
 
@@ -60,13 +60,8 @@ def _ops_on_gpu(gm: GraphModule) -> Iterator[Node]:
     for module in subgraphs(gm):
         for node in module.graph.nodes:
             ours = getattr(node.target, "namespace", "") == "bicompile"
-            if node.op == "call_function" and ours and _device(node).type == "cuda":
+            if node.op == "call_function" and ours and device_of(node).type == "cuda":
                 yield node
-
-
-def _device(node: Node) -> torch.device:
-    first = next(v for v in map(value, node.all_input_nodes) if isinstance(v, torch.Tensor))
-    return first.device
 
 
 def _varies(args: Any) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch.fx import GraphModule
 
 from bicompile import ahead, artifacts, capture, inductor, native
+from bicompile.graph import device_of, subgraphs
 from bicompile.options import Options
 from bicompile.pipeline import OPTIONAL, Run, run_pipeline
 from bicompile.registry import KERNELS, OTHERS
@@ -92,13 +93,11 @@ def _compile(
     folder = inductor.cache_dir() / "bicompile"
     kept = Report.load(folder, key)
     report = Report(key)
-    on_cpu = any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in inputs)
 
     def finish(run: Run, gm: GraphModule, inputs: list[Any], **kwargs: Any) -> Any:
-        report.families |= families_in(gm)
+        report.families |= families_on_cpu(gm)
         report.save(folder)
-        if on_cpu:
-            native.load(report.families)
+        native.load(report.families)
         if run.history:
             artifacts.emit(gm, run)
         with ahead.kernels_built(gm):
@@ -111,17 +110,16 @@ def _compile(
         # Served from the disk, but what was done to it is not known: do it again, seen.
         compiled = once(caches=False)
     seen = report if report.decisions or kept is None else kept
-    if on_cpu:
-        native.load(seen.families)
+    native.load(seen.families)
     REPORTS.append(seen)
     return compiled  # type: ignore[no-any-return]
 
 
-def families_in(gm: GraphModule) -> set[str]:
-    """The families of our kernels that stand in a graph or in a graph that it calls."""
-    graphs = [m.graph for m in gm.modules() if isinstance(m, GraphModule)]
-    targets = {node.target for graph in graphs for node in graph.nodes}
-    return {kernel.family for kernel in KERNELS.values() if kernel.op in targets}
+def families_on_cpu(gm: GraphModule) -> set[str]:
+    """The families of our kernels that run on the CPU in a graph or in a graph that it calls."""
+    ops = {kernel.op: kernel.family for kernel in KERNELS.values()}
+    nodes = [node for module in subgraphs(gm) for node in module.graph.nodes if node.target in ops]
+    return {ops[node.target] for node in nodes if device_of(node).type == "cpu"}
 
 
 def _stamp(mode: str | None, options: Options) -> str:

@@ -23,6 +23,12 @@ def value(x: Any) -> Any:
     return x.meta["val"] if isinstance(x, Node) else x
 
 
+def device_of(node: Node) -> torch.device:
+    """Where an op runs: the device of its first tensor."""
+    first = next(v for v in map(value, node.all_input_nodes) if isinstance(v, torch.Tensor))
+    return first.device
+
+
 def constant(x: Any) -> Any:
     """The number that a node stands for, with a guard that it stays; others as they are."""
     val = value(x)

@@ -59,7 +59,7 @@ class Report:
         key: digest of the captured graph, its inputs and the options.
         decisions: one per node of the graph that was rewritten or let through.
         cached: whether the compiled graph and the decisions came from the disk.
-        families: of our kernels in the compiled graphs.
+        families: of our kernels that run on the CPU in the compiled graphs.
         seconds: time per pass.
     """
 

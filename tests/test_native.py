@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bicompile import errors, native, registry, testing
-from bicompile.backend import families_in
+from bicompile.backend import families_on_cpu
 
 MM = registry.load_all()["mm"].op
 TINY = np.float32(2.0**-126)
@@ -213,11 +213,19 @@ def test_a_graph_builds_the_families_that_it_calls(toy, compilations, monkeypatc
 
 
 def test_families_of_a_graph():
-    """Those of its own nodes and of the graphs that it holds."""
-    graph = torch.fx.Graph()
-    graph.output(graph.call_function(MM, (graph.placeholder("x"), graph.placeholder("w"), False)))
-    inner = torch.fx.GraphModule({}, graph)
+    """Those that run on the CPU, of its own nodes and of the graphs that it holds."""
+
+    def product(device):
+        graph = torch.fx.Graph()
+        inputs = [graph.placeholder(name) for name in "xw"]
+        for node in inputs:
+            node.meta["val"] = torch.empty(2, 2, device=device)
+        graph.output(graph.call_function(MM, (*inputs, False)))
+        return torch.fx.GraphModule({}, graph)
+
     graph = torch.fx.Graph()
     graph.output(graph.call_module("inner", (graph.placeholder("x"), graph.placeholder("w"))))
+    inner = product("cpu")
     outer = torch.fx.GraphModule({"inner": inner}, graph)
-    assert families_in(inner) == families_in(outer) == {"matmul"}
+    assert families_on_cpu(inner) == families_on_cpu(outer) == {"matmul"}
+    assert families_on_cpu(product("meta")) == set()
