@@ -1,12 +1,28 @@
-"""Hypothesis strategies derived from the contracts of the registered kernels."""
+"""What is drawn: samples that follow from the contracts of the kernels, pairs of parameters."""
 
 from __future__ import annotations
 
+import itertools
+
+import pytest
 from hypothesis import strategies as st
 
 from bicompile.testing import make_sample
 from bicompile.testing.contents import CONTENTS
 from bicompile.testing.sizes import axis_sizes
+
+
+def crossed(names, *values):
+    """Parametrise with every combination; the default run has those off the diagonal left out."""
+    every = itertools.product(*map(enumerate, values))
+    return pytest.mark.parametrize(
+        names,
+        [
+            pytest.param(*found, marks=[] if len(set(at)) == 1 else pytest.mark.soak)
+            for at, found in (zip(*pairs, strict=True) for pairs in every)
+        ],
+        ids=str,
+    )
 
 
 @st.composite

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rewriting import count, rewrite, x
+from strategies import crossed
 
 from bicompile import registry, testing
 
@@ -54,8 +55,7 @@ def test_is_fused(name, dtype):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 5, 150])
+@crossed(("dtype", "rows"), DTYPES, [150, 1, 5])
 def test_no_bit_changes(name, dtype, rows, device):
     function, shapes = CASES[name]
     shapes = [(2, rows, 40) if len(s) == 3 else s for s in shapes]

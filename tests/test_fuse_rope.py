@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rewriting import count, rewrite, x
+from strategies import crossed
 
 from bicompile import registry, testing
 
@@ -53,9 +54,9 @@ def test_is_fused(dtype, turns):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("size", "tokens"), [(32, 1), (80, 7), (128, 70)])
-def test_no_bit_changes(dtype, size, tokens, device):
+@crossed(("dtype", "sizes"), DTYPES, [(32, 1), (80, 7), (128, 70)])
+def test_no_bit_changes(dtype, sizes, device):
+    size, tokens = sizes
     args = [t.to(device) for t in arguments(dtype, size, tokens=tokens)]
     torch._dynamo.reset()
     fused = torch.compile(heads, backend="batch_invariant")(*args)

@@ -66,7 +66,9 @@ def test_multihead_attention(dtype):
     check_attention(dtype)
 
 
-@each_half
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.soak)], ids=str
+)
 def test_decoder_layer(dtype):
     layer = random(nn.TransformerDecoderLayer(16, 2, 32, batch_first=True), dtype)
     check_row(lambda t: layer(t, t.flip(1)), x(5, 7, 16, dtype=dtype))
@@ -110,7 +112,7 @@ def test_gradients_of_linear():
 @pytest.mark.parametrize(
     ("form", "dtype"),
     [
-        ({"bias": False}, torch.float16),
+        pytest.param({"bias": False}, torch.float16, marks=pytest.mark.soak),
         ({"bidirectional": True}, torch.float32),
         ({"proj_size": 8}, torch.bfloat16),
     ],

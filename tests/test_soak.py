@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import os
 import signal
 import sqlite3
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import planted_ops  # noqa: F401
 import pytest
-import torch
 
 from bicompile import cli, errors, registry
 from bicompile.soak import page, subjects, work
@@ -83,20 +81,6 @@ def test_a_process_that_dies_is_found():
     block = work._lost(("sum", 2), EOFError("died"))
     assert block.failures[0].number == 128
     assert "--case 'sum@NUMBER'" in block.failures[0].message
-
-
-def test_processes_share_out_the_gpus(monkeypatch):
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    begun = multiprocessing.get_context("spawn").Value("i", 0)
-    monkeypatch.setattr(work.logging, "disable", lambda level: None)
-    monkeypatch.setattr(work.warnings, "simplefilter", lambda action: None)
-    for device in ("cuda", "cuda", "cuda", "cpu"):
-        work._begin(device, (), begun)
-    assert chosen == [0, 1, 0]
-    assert begun.value == 4
 
 
 def test_the_page_shows_its_record():

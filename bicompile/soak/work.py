@@ -1,18 +1,14 @@
-"""Processes that run blocks of cases; one that dies takes a block along, which is found by then."""
+"""Blocks of cases and how they are run; a process that dies takes one along, which is told."""
 
 from __future__ import annotations
 
+import functools
 import itertools
-import logging
-import math
-import multiprocessing
 import time
-import warnings
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
-from typing import Any
 
+from bicompile import pool
 from bicompile.soak import subjects
 from bicompile.soak.state import Block, Failure
 
@@ -51,6 +47,8 @@ def run_block(subject: str, block: int, device: str) -> Block:
         laws[law] += 1
         if message:
             failures.append(Failure(subject, number, law, message))
+            if pool.gpu_is_lost():  # nothing more can be found out here
+                break
     return Block(subject, block, laws, time.perf_counter() - start, tuple(failures))
 
 
@@ -59,40 +57,22 @@ def each(
 ) -> Generator[Block]:
     """Run blocks in `jobs` processes, as they come, until `end` (of `time.perf_counter`).
 
-    On GPUs, the processes take them in turn.
-
     Closing the generator ends the processes; what is not whole by then is not there.
     """
-    from pebble import ProcessPool
-
-    context = multiprocessing.get_context("spawn")
-    tasks = iter(tasks)
-    begun = (device, modules, context.Value("i", 0))
-    with ProcessPool(jobs, 0, initializer=_begin, initargs=begun, context=context) as pool:
-        running: dict[Any, tuple[str, int]] = {}
-        try:
-            while True:
-                for task in itertools.islice(tasks, 2 * jobs - len(running)):
-                    future: Any = pool.schedule(run_block, args=(*task, device), timeout=SECONDS)
-                    running[future] = task
-                if not running:
-                    return
-                left = max(end - time.perf_counter(), 0)
-                timeout = None if math.isinf(end) else left
-                finished, _ = wait(running, timeout, FIRST_COMPLETED)
-                if not finished:
-                    return
-                for future in finished:
-                    task = running.pop(future)
-                    yield _lost(task, future.exception()) or future.result()
-        finally:
-            pool.stop()  # type: ignore[no-untyped-call]
+    for (subject, block, _), found in pool.each(
+        run_block,
+        ((*task, device) for task in tasks),
+        jobs=jobs,
+        seconds=SECONDS,
+        device=device,
+        begin=functools.partial(_begin, modules),
+        end=end,
+    ):
+        yield _lost((subject, block), found) if isinstance(found, BaseException) else found
 
 
-def _lost(task: tuple[str, int], error: BaseException | None) -> Block | None:
+def _lost(task: tuple[str, int], error: BaseException) -> Block:
     """What is written down of a block whose process died or did not end."""
-    if error is None:
-        return None
     subject, block = task
     first, last = numbers(subject, block)[0], numbers(subject, block)[-1]
     message = (
@@ -103,15 +83,8 @@ def _lost(task: tuple[str, int], error: BaseException | None) -> Block | None:
     return Block(subject, block, {law: 1}, 0.0, (Failure(subject, first, law, message),))
 
 
-def _begin(device: str, modules: Sequence[str], begun: Any) -> None:
-    """Make a process ready; `begun` counts them, for the GPUs to be shared out."""
+def _begin(modules: Sequence[str]) -> None:
     import torch
 
-    with begun.get_lock():
-        place, begun.value = begun.value, begun.value + 1
-    if device == "cuda":
-        torch.cuda.set_device(place % torch.cuda.device_count())
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     subjects.ops(modules)
