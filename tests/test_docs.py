@@ -186,3 +186,10 @@ def test_the_picture_is_made_by_the_command_beside_it():
     (command,) = (line for line in page.splitlines() if "--picture docs/explain.png" in line)
     assert command.startswith("bicompile explain examples.qwen3_8b:model")
     assert (ROOT / "docs" / "explain.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_independence_shows_real_output(capsys):
+    page = (Path(__file__).parent.parent / "docs" / "independence.md").read_text()
+    program, shown = re.findall(r"^```(?:python)?\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    exec(program, {"__name__": "shown"})
+    assert capsys.readouterr().out == shown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .mutant import Mutant
 
-RULES = ("tests/test_rules.py",)
+NORM = ("tests/test_fuse_norm.py",)
 FUSE_MATMUL = ("tests/test_fuse_matmul.py", "-k", "not no_bit_changes")  # which takes minutes
 FUSE_ROPE = ("tests/test_fuse_rope.py", "-k", "not no_bit_changes")
 FUSE_LOG = ("tests/test_fuse_log_softmax.py",)
@@ -18,7 +18,7 @@ MUTANTS = (
         "if node.target is aten.pow.Tensor_Scalar and node.args[1] == 2:",
         "if node.target is aten.pow.Tensor_Scalar:",
         "a norm of cubes becomes RMSNorm",
-        (*RULES, "-k", "rms_norm or chain or factor"),
+        NORM,
     ),
     Mutant(
         "any reduced axis is the last",
@@ -26,7 +26,7 @@ MUTANTS = (
         "    if not dim or dim != list(range(rank - len(dim), rank)):\n        return None\n",
         "",
         "a norm along another axis becomes RMSNorm",
-        (*RULES, "-k", "rms_norm or chain or factor"),
+        NORM,
     ),
     Mutant(
         "a weight may have any shape",
@@ -34,7 +34,7 @@ MUTANTS = (
         "        and w.dim() == head.normalized_ndim\n",
         "",
         "a factor that varies by row becomes a weight",
-        (*RULES, "-k", "rms_norm or chain or factor"),
+        NORM,
     ),
     Mutant(
         "the weight is multiplied before the rounding",
@@ -42,7 +42,7 @@ MUTANTS = (
         "    round_first: bool = True\n",
         "    round_first: bool = False\n",
         "the fused norm has a rounding less",
-        (*RULES, "-k", "rms_norm or chain or factor"),
+        NORM,
     ),
     Mutant(
         "the middle of a chain may be used",
@@ -50,7 +50,7 @@ MUTANTS = (
         "return users[0] if len(users) == 1 and users[0].target in targets else None",
         "return next((u for u in users if u.target in targets), None)",
         "a chain is fused though its middle is read, so the work is done twice",
-        (*RULES, "-k", "rms_norm or chain or factor"),
+        NORM,
     ),
     Mutant(
         "a factor of the bias is dropped",

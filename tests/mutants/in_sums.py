@@ -264,7 +264,7 @@ MUTANTS = (
         "  const double mean = sum / K;\n"
         "  const f32x16 r = splat((float)(1.0 / std::sqrt(mean + eps)))",
         "the fused RMSNorm has other roundings than the chain that it replaces",
-        ("tests/test_rules.py", "-k", "rms_norm"),
+        ("tests/test_fuse_norm.py", "-k", "fused"),
     ),
     Mutant(
         "a weight is multiplied before the rounding",
@@ -272,7 +272,7 @@ MUTANTS = (
         "y = round_first ? rounded(y, T{})",
         "y = round_first ? y",
         "the fused RMSNorm has other roundings than the chain that it replaces",
-        ("tests/test_rules.py", "-k", "rms_norm"),
+        ("tests/test_fuse_norm.py", "-k", "fused"),
     ),
     Mutant(
         "a group's weights are those of the first",
