@@ -130,9 +130,7 @@ def adaptive_avg_pool(rank: int) -> Callable[..., Tensor]:
                 total = _window_sums(total, dim, size, size)
                 divisor.append(size)
                 continue
-            i = torch.arange(count, device=x.device)
-            start, stop = i * length // count, ((i + 1) * length + count - 1) // count
-            longest = max(-(-(n + 1) * length // count) - n * length // count for n in range(count))
+            start, stop, longest = _adaptive_windows(length, count, x.device)
             terms = []
             for place in range(longest):
                 term = total.index_select(dim, (start + place).clamp(max=length - 1))
@@ -144,6 +142,41 @@ def adaptive_avg_pool(rank: int) -> Callable[..., Tensor]:
         return mean.to(x.dtype)
 
     return decompose
+
+
+def adaptive_max_pool(rank: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`aten.adaptive_max_pool{rank}d`: of the same windows; of equal elements the first counts."""
+
+    def decompose(x: Tensor, output_size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        top, found = x, torch.zeros_like(x, dtype=torch.int64)
+        if 0 in output_size:
+            shape = [*x.shape[:-rank], *output_size]
+            return top.new_empty(shape), found.new_empty(shape)
+        stride = 1  # of this axis in the numbers of the elements
+        for dim in range(-1, -rank - 1, -1):
+            length, count = int(x.shape[dim]), int(output_size[dim])
+            start, stop, longest = _adaptive_windows(length, count, x.device)
+            windows, numbers = top, found
+            for place in range(longest):
+                at = (start + place).minimum(stop - 1)  # the last once more changes nothing
+                value = windows.index_select(dim, at)
+                number = numbers.index_select(dim, at)
+                number = number + (at * stride).reshape([-1, *[1] * (-dim - 1)])
+                better = (value > top) | value.isnan() if place else None
+                top = value if better is None else value.where(better, top)
+                found = number if better is None else number.where(better, found)
+            stride *= length
+        return top, found
+
+    return decompose
+
+
+def _adaptive_windows(length: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """Where each window of an axis begins and ends, and the length of the longest."""
+    i = torch.arange(count, device=device)
+    start, stop = i * length // count, ((i + 1) * length + count - 1) // count
+    lengths = (-(-(n + 1) * length // count) - n * length // count for n in range(count))
+    return start, stop, max(lengths)
 
 
 def col2im(
@@ -239,15 +272,35 @@ def nanmedian_of_all(x: Tensor) -> Tensor:
     return found if found is NotImplemented else found[0]
 
 
+def mode(x: Tensor, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """The end of the longest run of equal elements after sorting, the first of several."""
+    if x.dim() == 0 or x.dtype is torch.bool:
+        return NotImplemented  # type: ignore[no-any-return]
+    values, places = torch.sort(x, stable=True, dim=dim)
+    length = x.shape[dim]
+    at = torch.arange(length, device=x.device).reshape([-1, *[1] * (x.dim() - dim % x.dim() - 1)])
+    before = values.narrow(dim, 0, length - 1)
+    begins = F.pad(
+        (values.narrow(dim, 1, length - 1) != before).to(torch.int64).movedim(dim, -1), [1, 0]
+    ).movedim(-1, dim)
+    run = at - torch.cummax(begins * at, dim).values
+    longest = run.argmax(dim, keepdim=True)
+    found = values.gather(dim, longest), places.gather(dim, longest)
+    return found if keepdim else (found[0].squeeze(dim), found[1].squeeze(dim))
+
+
 TABLE: Mapping[torch._ops.OpOverload, Callable[..., Any]] = {
     aten.avg_pool2d.default: avg_pool(2),
     aten.avg_pool3d.default: avg_pool(3),
     aten._adaptive_avg_pool2d.default: adaptive_avg_pool(2),
     aten._adaptive_avg_pool3d.default: adaptive_avg_pool(3),
+    aten.adaptive_max_pool2d.default: adaptive_max_pool(2),
+    aten.adaptive_max_pool3d.default: adaptive_max_pool(3),
     aten.col2im.default: col2im,
     aten._trilinear.default: trilinear,
     aten._cdist_forward.default: cdist,
     aten._pdist_forward.default: pdist,
     aten.nanmedian.dim: nanmedian,
     aten.nanmedian.default: nanmedian_of_all,
+    aten.mode.default: mode,
 }

@@ -25,6 +25,9 @@ IMAGES = {
     "adaptive_avg_pool2d": lambda t: F.adaptive_avg_pool2d(t, (3, 4)),
     "adaptive_avg_pool2d, long": lambda t: F.adaptive_avg_pool2d(t.repeat(1, 1, 1, 9), (2, 2)),
     "adaptive_avg_pool3d": lambda t: F.adaptive_avg_pool3d(t, (2, 5, 1)),
+    "adaptive_max_pool1d": lambda t: F.adaptive_max_pool1d(t.flatten(1, 2), 4, True),
+    "adaptive_max_pool2d": lambda t: F.adaptive_max_pool2d(t, (3, 4), True),
+    "adaptive_max_pool3d": lambda t: F.adaptive_max_pool3d(t, (2, 5, 1)),
     "local_response_norm": lambda t: F.local_response_norm(t, 3),
     "fold": lambda t: F.fold(F.unfold(t, 3, 1, 2, 2), (13, 17), 3, 1, 2, 2),
     "fold, dilated": lambda t: F.fold(F.unfold(t, (2, 3), 2), (13, 17), (2, 3), 2),
@@ -34,6 +37,8 @@ ROWS = {
     "cdist, p = 1": lambda t: torch.cdist(t, t[:, :3] * 1.5, p=1.0),
     "nanmedian": lambda t: t.where(t > -1, torch.nan).nanmedian(-1)[0],
     "nanmedian, keepdim": lambda t: t.where(t > -1, torch.nan).nanmedian(1, keepdim=True),
+    "mode": lambda t: (t * 2).round().mode(-1)[0],
+    "mode, keepdim": lambda t: (t * 2).round().mode(1, keepdim=True)[0],
     "scatter_add": lambda t: t.scatter_add(1, t.argmax(1, keepdim=True), t),
 }
 WEIGHT = x(5, 17, 17)
