@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-FAMILIES = "attention convolution matmul mixtures order rows scan scatter schedules verify"
+FAMILIES = "attention convolution matmul mixtures order rows scan scatter schedules solve verify"
 
 
 @pytest.mark.skipif(

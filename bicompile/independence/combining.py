@@ -129,6 +129,13 @@ def by_letters(call: Call) -> Value | list[Value]:
     return outputs[0] if len(outputs) == 1 else outputs
 
 
+def solved(call: Call) -> Value:
+    """Each column of the right side by itself; all of its matrix is combined."""
+    matrix, right = call["A"], call["B"]
+    call.combined(*matrix.axes[1:], right.axes[1], how="solves over")
+    return Value((join(matrix.axes[0], right.axes[0]), plain(call.shape[1]), right.axes[2]))
+
+
 def heads(call: Call) -> list[Value]:
     """Heads of queries and of keys: each is normalised and turned by itself."""
     outputs = by_letters(call)

@@ -97,6 +97,7 @@ _GROUPS: tuple[tuple[Callable[..., Any], str, str], ...] = (
 _OURS: tuple[tuple[Callable[..., Any], str], ...] = (
     (combining.by_letters, "mm bmm addmm baddbmm mm_add swiglu qkv_proj"),
     (combining.heads, "qk_norm_rope"),
+    (combining.solved, "solve_triangular"),
     (combining.attention, "sdpa sdpa_visible"),
     (combining.attention_gradients, "sdpa_backward"),
     (combining.visible_range, "visible_range"),

@@ -21,6 +21,7 @@ from bicompile.passes.rules import (
     reduce,
     scan,
     scatter,
+    solve,
     sort,
 )
 from bicompile.passes.rules.common import KERNELS, Rule
@@ -28,7 +29,7 @@ from bicompile.passes.rules.norm import OVER_THE_BATCH
 
 __all__ = ["OVER_THE_BATCH", "RULES", "Rule", "rule_of"]
 
-_FAMILIES = (matmul, convolution, reduce, norm, scan, sort, scatter, gradients)
+_FAMILIES = (matmul, convolution, reduce, norm, scan, sort, scatter, solve, gradients)
 
 RULES: Mapping[torch._ops.OpOverload | str, Rule] = {
     overload: Rule(overload, KERNELS[name], bind, *integers)

@@ -1,4 +1,4 @@
-"""Faults in the C++ kernels of attention, convolution, scans, sums by index and sorting."""
+"""Faults in the C++ kernels of attention, convolution, scans, systems, sums by index, sorting."""
 
 from __future__ import annotations
 
@@ -133,6 +133,17 @@ MUTANTS = (
         "(1.0 + 0x1p-25)));",
         "a row alone has other bits than beside others",
         ("tests/test_scan.py", "tests/test_kernels.py", "-k", "scan or cum"),
+    ),
+    Mutant(
+        "a system of few columns takes off the last found first",
+        "kernels/solve/cpu.cpp",
+        "    for (int64_t before = 0; before < step; before++) {\n"
+        "      const int64_t j = upper ? K - 1 - before : before;\n",
+        "    for (int64_t at = 0; at < step; at++) {\n"
+        "      const int64_t before = n < 4 ? step - 1 - at : at;\n"
+        "      const int64_t j = upper ? K - 1 - before : before;\n",
+        "a column alone has other bits than beside others",
+        ("tests/test_kernels.py", "-k", "solve"),
     ),
     Mutant(
         "sources of a narrow row are added from the end",
