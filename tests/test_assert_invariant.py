@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from bicompile import errors, testing
-from bicompile.testing import PROPERTIES, InvarianceViolation, assert_batch_invariant
+from bicompile.testing import PROPERTIES, InvarianceViolation, assert_batch_invariant, search
 
 
 def rows(*shape, dtype=torch.float32):
@@ -207,6 +207,18 @@ def test_plain_pytorch_is_not_invariant():
             except InvarianceViolation:
                 broken.append(name)
     assert len(broken) >= 6
+
+
+def test_after_a_gpu_is_lost_nothing_is_tried(monkeypatch):
+    """Each later call would fail, too: what failed first is told."""
+    calls = iter(range(9))
+
+    def fail(x):
+        raise RuntimeError(f"misaligned address, call {next(calls)}")
+
+    monkeypatch.setattr(search, "gpu_is_lost", lambda: True)
+    with pytest.raises(RuntimeError, match="call 0"):
+        assert_batch_invariant(fail, rows(8), backend="eager", properties=["batch size"])
 
 
 @pytest.mark.parametrize("name", ["Linear", "feed-forward"])

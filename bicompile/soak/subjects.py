@@ -72,10 +72,11 @@ def _told(error: Exception) -> str:
 def _check_model(name: str, number: int, device: str) -> tuple[str, str]:
     from bicompile.testing.search import applying, search
 
-    subject = _subject(name, device)
-    properties = [p for p in applying(subject, 9) if p != "static and dynamic"]  # compiles anew
-    law = properties[number % len(properties)]
+    law = "is made"
     try:
+        subject = _subject(name, device)
+        properties = [p for p in applying(subject, 9) if p != "static and dynamic"]  # compiles anew
+        law = properties[number % len(properties)]
         search(subject, law, most=9, longest=_LONGEST, cases=_DRAWS, draws=number)
     except Exception as error:
         return (

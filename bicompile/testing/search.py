@@ -16,6 +16,7 @@ from hypothesis.errors import Flaky
 
 from bicompile.capture import any_number_of_recompilations
 from bicompile.errors import BicompileError, UnknownProperty
+from bicompile.pool import gpu_is_lost
 from bicompile.testing.bits import InvarianceViolation, assert_same_bits
 from bicompile.testing.properties import PROPERTIES, Property
 from bicompile.testing.subject import Batch, Function, Run, Subject, first_module
@@ -29,6 +30,10 @@ Example = Mapping[str, Any]
 
 class _OutOfTime(BaseException):
     """Ends a search; Hypothesis would take an Exception for a failure of what is tested."""
+
+
+class _GpuLost(_OutOfTime):
+    """The same, because of the error that it comes from."""
 
 
 def assert_batch_invariant(
@@ -171,12 +176,19 @@ def search(
         except InvarianceViolation as violation:
             smallest = violation
             raise
+        except Exception as error:
+            if gpu_is_lost():  # where every case that follows fails, too
+                raise _GpuLost from error
+            raise
 
     try:
         (attempt if draws is None else seed_of(draws)(attempt))()
     except (InvarianceViolation, BicompileError) as error:
         error.__notes__ = []  # what Hypothesis adds speaks of its own draws
         raise
+    except _GpuLost as lost:
+        assert lost.__cause__
+        raise lost.__cause__ from None
     except (_OutOfTime, Flaky):  # after the end, Hypothesis misses the draws that were not made
         if time.perf_counter() < end:
             raise
