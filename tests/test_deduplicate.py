@@ -103,6 +103,16 @@ def test_other_layers_are_left_alone():
     assert count(gm, INVOKE) == 0
 
 
+def test_layers_of_other_sizes_are_left_alone():
+    def chain(h, *weights):
+        for up, down in zip(weights[::2], weights[1::2], strict=True):
+            h = ((h @ up).softmax(-1) @ down).sigmoid().exp().sqrt()
+        return h
+
+    gm, _, _, _ = rewrite(chain, x(5, 8), *(x(*s) for w in (2, 3, 4, 5) for s in ((8, w), (w, 8))))
+    assert count(gm, INVOKE) == 0
+
+
 def test_layers_that_read_each_other_otherwise_are_left_alone():
     """Equal ops in equal order, but every second layer reads its two inputs crosswise."""
 

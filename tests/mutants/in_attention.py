@@ -143,7 +143,7 @@ MUTANTS = (
         "      const int64_t before = n < 4 ? step - 1 - at : at;\n"
         "      const int64_t j = upper ? K - 1 - before : before;\n",
         "a column alone has other bits than beside others",
-        ("tests/test_kernels.py", "-k", "solve"),
+        ("tests/test_solve.py", "-k", "order"),
     ),
     Mutant(
         "sources of a narrow row are added from the end",

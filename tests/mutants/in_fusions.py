@@ -168,8 +168,8 @@ MUTANTS = (
     Mutant(
         "layers of different sizes are equal",
         "passes/deduplicate.py",
-        "    return str(node.target), repr(literals), _described(node)\n",
-        "    return str(node.target), repr(literals)\n",
+        "        (v.dtype, str(v.shape), str(v.stride()), str(v.storage_offset()), v.device)\n",
+        "        (v.dtype, v.device)\n",
         "a layer is computed by the code of another",
         DEDUPLICATE,
     ),
