@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,17 @@ def replace(old: Node, new: Node) -> None:
     old.graph.erase_node(old)
 
 
+def _padded(x: torch.Tensor, pad: Sequence[Any], fill: float = 0) -> torch.Tensor:
+    """The fake of `aten.constant_pad_nd`: PyTorch's own makes a symbolic size a number."""
+    sizes = list(x.shape)
+    for axis, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
+        sizes[-axis] += before + after
+    return x.new_empty(sizes)
+
+
+_FAKES: dict[Any, Callable[..., Any]] = {torch.ops.aten.constant_pad_nd.default: _padded}
+
+
 class Emit:
     """Inserts calls before a node, with fake values, and puts the last one in its place.
 
@@ -142,7 +153,7 @@ class Emit:
         fake_args, fake_kwargs = tree_map(value, (args, kwargs))
         new.meta = {k: self.node.meta[k] for k in _KEPT if k in self.node.meta}
         with _fake_mode(fake_args, fake_kwargs):
-            new.meta["val"] = target(*fake_args, **fake_kwargs)
+            new.meta["val"] = _FAKES.get(target, target)(*fake_args, **fake_kwargs)
         return new
 
     def take_place(self, new: Node | tuple[Node | None, ...]) -> None:

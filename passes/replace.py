@@ -41,8 +41,10 @@ def replace(gm: GraphModule, *, run) -> None:
 
 
 def _is_float(node: Node) -> bool:
+    """By the first of several results that there is: gradients that nobody wants are absent."""
     out = value(node)
-    out = out[0] if isinstance(out, (tuple, list)) else out
+    if isinstance(out, (tuple, list)):
+        out = next(o for o in out if o is not None)
     return out.dtype.is_floating_point or out.dtype.is_complex
 
 

@@ -52,6 +52,16 @@ RULE_CASES = {
         x(2, 4, 9, 8),
         x(4, 2, 3, 2),
     ),
+    aten.convolution_backward.default: (
+        lambda g, t, w: tuple(
+            aten.convolution_backward(
+                g, t, w, [4], [2, 1], [1, 1], [1, 2], False, [0, 0], 2, [True, True, True]
+            )
+        ),
+        x(30, 4, 5, 6),
+        x(30, 4, 9, 8),
+        x(4, 2, 3, 3),
+    ),
     aten.sum.default: (torch.sum, B),
     aten.sum.dim_IntList: (lambda t: t.sum((0, -1), keepdim=True), B),
     aten.mean.default: (torch.mean, B),

@@ -6,6 +6,7 @@ from .mutant import Mutant
 
 AUDIT = ("tests/test_audit.py",)
 RULES = ("tests/test_rules.py",)
+GRADIENTS = ("tests/test_convolution_gradients.py", "-k", "not modules")
 
 MUTANTS = (
     # --------------------------------------------------------------- the audit
@@ -114,6 +115,30 @@ MUTANTS = (
         'return emit(KERNELS["addmm"].op, self, mat1, mat2, float(alpha), float(beta), tf32(mat1))',
         "addmm with factors is another function",
         (*RULES, "-k", "addmm"),
+    ),
+    Mutant(
+        "a weight's gradient is one chain",
+        "passes/rules/convolution.py",
+        "max(PART, height)",
+        "PART * int(value(at).shape[0])",
+        "its parts, and so its bits, follow the size of the batch",
+        GRADIENTS,
+    ),
+    Mutant(
+        "images end where a stride does",
+        "passes/rules/convolution.py",
+        "extra = [s - 1 for s in stride]",
+        "extra = [0 for s in stride]",
+        "the gradient of an image is smaller than the image",
+        GRADIENTS,
+    ),
+    Mutant(
+        "an op has a first result",
+        "passes/replace.py",
+        "out = next(o for o in out if o is not None)",
+        "out = out[0]",
+        "the gradient of a weight alone, of a first layer, is not compiled",
+        GRADIENTS,
     ),
     Mutant(
         "reduced axes are taken as they are given",
