@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+import torch._inductor.lowering  # decompositions of pooling need it
 from torch._dynamo.backends.common import aot_autograd
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from bicompile import capture, native
 from bicompile.options import Options
@@ -42,6 +44,23 @@ def rewrite(function, *args, **options):
     with torch.no_grad():
         result = torch.compile(function, backend=backend, fullgraph=True)(*args)
         return graphs[0], report, result, function(*args)
+
+
+def traced(function, *args, tracing_mode="fake"):
+    """The graph that our passes leave of what a function calls, gradients among it."""
+    native.load()
+    table = capture.decomposition_table()
+    gm = make_fx(lambda *a: function(*a), table, tracing_mode)(*args)
+    inputs = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
+    with torch._guards.detect_fake_mode(inputs):
+        run_pipeline(gm, Run(Options.parse({}, passes=OPTIONAL), Report("test"), inference=True))
+    return gm
+
+
+def gradient(function, x, grad):
+    """Of a result for an input, and the result's gradient."""
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(function(x), x, grad)[0]
 
 
 def count(gm, op):

@@ -9,13 +9,9 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from rewriting import count, x
-from torch.fx.experimental.proxy_tensor import make_fx
+from rewriting import count, traced, x
 
 from bicompile import native, testing
-from bicompile.options import Options
-from bicompile.pipeline import OPTIONAL, Run, run_pipeline
-from bicompile.report import Report
 
 aten = torch.ops.aten
 ours = torch.ops.bicompile
@@ -57,15 +53,8 @@ class Case:
         found = aten.convolution_backward(g, t, w, [g.shape[1]], *self.how(), list(self.wanted))
         return tuple(f for f, wanted in zip(found, self.wanted, strict=True) if wanted)
 
-    def graph(self, g, t, w, tracing_mode="fake"):
-        """What our passes leave of the op."""
-        gm = make_fx(lambda *p: self.eager(*p), tracing_mode=tracing_mode)(g, t, w)
-        chosen = Options.parse({}, passes=OPTIONAL)
-        run_pipeline(gm, Run(chosen, Report("test"), inference=True))
-        return gm
-
     def compiled(self, g, t, w):
-        return self.graph(g, t, w)(g, t, w)
+        return traced(self.eager, g, t, w)(g, t, w)
 
 
 CASES = {
@@ -128,7 +117,7 @@ WITH_UNFOLD = [c for c in CASES.values() if len(c.image) == 3 and not c.transpos
 
 @each_case
 def test_laws(case):
-    dynamic = case.graph(*case.problem(50), "symbolic")
+    dynamic = traced(case.eager, *case.problem(50), tracing_mode="symbolic")
     for gradients in (case.compiled, dynamic):
         check_rows(case, gradients)
         check_runs(case, gradients)
@@ -230,7 +219,7 @@ def test_only_what_is_wanted_is_computed(wanted):
     for name in ("2d", "transposed"):
         case = replace(CASES[name], wanted=wanted)
         problem = case.problem(3)
-        gm = case.graph(*problem)
+        gm = traced(case.eager, *problem)
         torch.testing.assert_close(gm(*problem), case.eager(*problem))
         for op, index in ((ours.convolution, 0), (ours.bmm, 1), (ours.sum, 2)):
             assert count(gm, op.default) == wanted[index]

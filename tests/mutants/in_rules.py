@@ -133,6 +133,14 @@ MUTANTS = (
         GRADIENTS,
     ),
     Mutant(
+        "windows of a maximum never overlap",
+        "bicompile/decompositions.py",
+        "image.scatter_add(-1, places, grad) if overlap else image.scatter(-1, places, grad)",
+        "image.scatter(-1, places, grad)",
+        "of the gradients that meet in an element one is kept",
+        ("tests/test_pooling_gradients.py", "-k", "max_pool2d"),
+    ),
+    Mutant(
         "an op has a first result",
         "passes/replace.py",
         "out = next(o for o in out if o is not None)",
