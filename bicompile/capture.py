@@ -21,10 +21,9 @@ from torch._C import DispatchKey
 from torch._dynamo.exc import ShortenTraceback
 from torch._guards import CompileContext
 from torch.fx import GraphModule
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bicompile import decompositions, flex, graph
-from bicompile.attention_parts import attention_in_parts
+from bicompile.attention_parts import attention
 from bicompile.contract import HALF_AND_FLOAT
 from bicompile.errors import (
     BicompileError,
@@ -150,12 +149,19 @@ def attention_whole() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _instead(op: Any, function: Callable[..., Any]) -> Iterator[None]:
-    """A composite op is traced as what a function of ours does."""
-    saved = {key: op.py_kernels.get(key) for key in _KEYS}
+def _instead(op: Any, function: Callable[..., Any] | None) -> Iterator[None]:
+    """An op is traced as what a function of ours does; None: as it is.
+
+    Of an op that is not a composite, the gradient is replaced and the op itself stays.
+    """
+    composite = "CompositeImplicitAutograd"
+    is_composite = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), composite)
+    saved = {key: op.py_kernels.get(key) for key in (_KEYS if is_composite else _KEYS[:2])}
     try:
-        for key in _KEYS:
-            op.py_kernels[key] = function
+        for key in saved:
+            op.py_kernels.pop(key, None)
+            if function is not None:
+                op.py_kernels[key] = function
         op._dispatch_cache.clear()
         yield
     finally:
@@ -189,49 +195,13 @@ def multi_dot(tensors: list[torch.Tensor]) -> torch.Tensor:
     return functools.reduce(torch.matmul, tensors)
 
 
-def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    """`F.scaled_dot_product_attention` as a call of our op, any rank brought to B H Q D."""
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if dropout_p > 0.0 or query.dtype not in HALF_AND_FLOAT:
-        return attention_in_parts(query, key, value, attn_mask, dropout_p, is_causal, scale)
-    rank = query.dim()
-    if rank > 4:
-        lead = query.shape[:-3]
-        if attn_mask is not None:
-            full = (*lead, attn_mask.shape[-3] if attn_mask.dim() > 2 else 1)
-            attn_mask = attn_mask.expand(*full, *attn_mask.shape[-2:]).flatten(0, rank - 4)
-        query, key, value = (t.flatten(0, rank - 4) for t in (query, key, value))
-    elif rank < 4:
-        if attn_mask is not None and attn_mask.dim() == 3:
-            attn_mask = attn_mask.unsqueeze(1)
-        query, key, value = (_to_rank_4(t) for t in (query, key, value))
-    (batch,) = torch.broadcast_shapes(query.shape[:1], key.shape[:1], value.shape[:1])
-    query, key, value = (
-        t if statically_known_true(t.shape[0] == batch) else t.expand(batch, -1, -1, -1)
-        for t in (query, key, value)
-    )
-    out: torch.Tensor = torch.ops.bicompile.sdpa.default(
-        query, key, value, attn_mask, is_causal, scale
-    )
-    if rank > 4:
-        out = out.unflatten(0, lead)
-    elif rank < 4:
-        out = out.squeeze(1) if rank == 3 else out.squeeze(1).squeeze(0)
+def logcumsumexp(self: torch.Tensor, dim: int) -> torch.Tensor:
+    """`torch.logcumsumexp` with the gradient of our op; in other dtypes as it is."""
+    if self.dtype not in HALF_AND_FLOAT or self.dim() == 0:
+        with _instead(aten.logcumsumexp.default, None):
+            return torch.logcumsumexp(self, dim)
+    out: torch.Tensor = torch.ops.bicompile.logcumsumexp.default(self, dim % self.dim(), self.dtype)
     return out
-
-
-def _to_rank_4(x: torch.Tensor) -> torch.Tensor:
-    return x.unsqueeze(1) if x.dim() == 3 else x.unsqueeze(0).unsqueeze(0)
 
 
 _FLEX = torch.ops.higher_order.flex_attention
@@ -258,6 +228,7 @@ _WHOLE: dict[Any, Callable[..., Any]] = {
     _SDPA: attention,
     aten.linear.default: linear,
     aten.linalg_multi_dot.default: multi_dot,
+    aten.logcumsumexp.default: logcumsumexp,
 }
 
 # --------------------------------------------------------------------------- decomposition table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch._inductor.lowering  # decompositions of pooling need it
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -50,7 +51,8 @@ def traced(function, *args, tracing_mode="fake"):
     """The graph that our passes leave of what a function calls, gradients among it."""
     native.load()
     table = capture.decomposition_table()
-    gm = make_fx(lambda *a: function(*a), table, tracing_mode)(*args)
+    with capture.attention_whole(), enable_python_dispatcher():
+        gm = make_fx(lambda *a: function(*a), table, tracing_mode)(*args)
     inputs = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
     with torch._guards.detect_fake_mode(inputs):
         run_pipeline(gm, Run(Options.parse({}, passes=OPTIONAL), Report("test"), inference=True))

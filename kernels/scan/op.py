@@ -72,3 +72,40 @@ logcumsumexp = register(
         fake=_fake,
     )
 )
+
+
+# -------------------------------------------------------------------------------------- gradient
+
+NEAR = 40.0  # pinned: powers of e between which products lose nothing
+
+
+def _save(ctx, inputs, output):
+    self, ctx.dim, _ = inputs
+    ctx.save_for_backward(self, output)
+
+
+def _backward(ctx, grad):
+    """Element j's: the sum of `grad[k] * exp(x[j] - y[k])` over k >= j.
+
+    A running sum of `grad[k] * exp(y[-1] - y[k])` from the end, which rounds numbers of the size of
+    the result.  PyTorch's formula adds in logarithms, whose rounding is that of the size of y; here
+    it serves where y is so far below its last element that the powers might overflow.
+    """
+    x, y, grad = (t.float() for t in (*ctx.saved_tensors, grad))
+    dim = ctx.dim
+    last = y.narrow(dim, -1, 1) if y.shape[dim] else y
+    terms = (grad * (last - y).exp()).flip(dim)
+    sums = cumsum.op(terms, dim, torch.float32).flip(dim)
+    near = sums * (y - last).exp() * (x - y).exp()
+    lowest = torch.finfo(torch.float32).min
+    logs = grad.abs().log()
+    positive, negative = (
+        logcumsumexp.op((torch.where(some, logs, lowest) - y).flip(dim), dim, torch.float32)
+        for some in (grad > 0, grad < 0)
+    )
+    far = (positive.flip(dim) + x).exp() - (negative.flip(dim) + x).exp()
+    found = torch.where(y > last - NEAR, near, far)
+    return found.to(ctx.saved_tensors[0].dtype), None, None
+
+
+torch.library.register_autograd("bicompile::logcumsumexp", _backward, setup_context=_save)
