@@ -107,6 +107,13 @@ RULE_CASES = {
         x(3, 8, 6),
         torch.tensor([1, 1, 5], dtype=torch.int32),
     ),
+    "transformers.grouped_mm_fallback_backward.default": (
+        lambda a, w, o, g: tuple(torch.ops.transformers.grouped_mm_fallback_backward(a, w, o, g)),
+        M,
+        x(3, 8, 6),
+        torch.tensor([1, 1, 5], dtype=torch.int32),
+        x(5, 6),
+    ),
     aten.index_add.default: (lambda t, i: t.index_add(1, i, t[:, [0, 1, 2]], alpha=2), M, PLACES),
     aten.scatter_add.default: (
         lambda t, i: t.scatter_add(1, i.expand(5, 3), t[:, :3].contiguous()),

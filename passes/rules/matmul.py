@@ -7,6 +7,7 @@ from torch.fx import Node
 
 from bicompile.graph import value
 from bicompile.passes.rules.common import KERNELS, aten, size
+from bicompile.passes.rules.runs import product_of_runs
 
 
 def tf32(x: Node) -> bool:
@@ -60,11 +61,14 @@ def _addbmm(emit, self, batch1, batch2, *, beta=1, alpha=1):
 
 
 def _grouped_mm(emit, self, mat2, offs=None, bias=None, out_dtype=None):
-    """Runs of rows, or of columns, times a matrix each; runs along K are of gradients only."""
+    """Runs of rows, or of columns, times a matrix each; or runs of both, along K."""
     rank = value(self).dim(), value(mat2).dim()
     op, dtype = KERNELS["grouped_mm"].op, value(self).dtype
-    if bias is not None or out_dtype not in (None, dtype) or rank == (2, 2):
+    if bias is not None or out_dtype not in (None, dtype):
         return NotImplemented
+    if rank == (2, 2):
+        rows = emit(aten.permute.default, self, [1, 0])
+        return product_of_runs(emit, rows, mat2, offs, _exact(self))
     if rank == (3, 3):
         return _bmm(emit, self, mat2)
     if rank == (2, 3):
@@ -72,6 +76,18 @@ def _grouped_mm(emit, self, mat2, offs=None, bias=None, out_dtype=None):
     rows = emit(aten.permute.default, mat2, [1, 0])
     matrices = emit(aten.permute.default, self, [0, 2, 1])
     return emit(aten.permute.default, emit(op, rows, matrices, offs, tf32(self)), [1, 0])
+
+
+def _exact(x: Node) -> bool:
+    """Whether products of float32 may be of tf32: half types are numbers of it, too."""
+    val = value(x)
+    return tf32(x) or (val.device.type == "cuda" and val.dtype is not torch.float32)
+
+
+def _grouped_mm_backward(emit, input, weight, offs, grad_output):
+    matrices = emit(aten.permute.default, weight, [0, 2, 1])
+    found = emit(KERNELS["grouped_mm"].op, grad_output, matrices, offs, tf32(input))
+    return found, product_of_runs(emit, input, grad_output, offs, _exact(input))
 
 
 RULES = (
@@ -87,4 +103,5 @@ RULES = (
     (aten._grouped_mm.default, "grouped_mm", _grouped_mm),
     # What transformers calls where PyTorch's op cannot be compiled.
     ("transformers.grouped_mm_fallback.default", "grouped_mm", _grouped_mm),
+    ("transformers.grouped_mm_fallback_backward.default", "grouped_mm", _grouped_mm_backward),
 )

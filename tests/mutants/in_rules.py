@@ -141,6 +141,14 @@ MUTANTS = (
         ("tests/test_pooling_gradients.py", "-k", "max_pool2d"),
     ),
     Mutant(
+        "the last part of a run goes on into the next",
+        "passes/rules/runs.py",
+        "emit(aten.lt.Tensor, place, end)",
+        "emit(aten.lt.Tensor, place, last)",
+        "an expert learns from tokens of others",
+        ("tests/test_mixture_gradients.py",),
+    ),
+    Mutant(
         "an op has a first result",
         "passes/replace.py",
         "out = next(o for o in out if o is not None)",
