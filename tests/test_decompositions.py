@@ -25,12 +25,14 @@ IMAGES = {
     "adaptive_avg_pool2d": lambda t: F.adaptive_avg_pool2d(t, (3, 4)),
     "adaptive_avg_pool2d, long": lambda t: F.adaptive_avg_pool2d(t.repeat(1, 1, 1, 9), (2, 2)),
     "adaptive_avg_pool3d": lambda t: F.adaptive_avg_pool3d(t, (2, 5, 1)),
-    "adaptive_max_pool1d": lambda t: F.adaptive_max_pool1d(t.flatten(1, 2), 4, True),
-    "adaptive_max_pool2d": lambda t: F.adaptive_max_pool2d(t, (3, 4), True),
-    "adaptive_max_pool3d": lambda t: F.adaptive_max_pool3d(t, (2, 5, 1)),
     "local_response_norm": lambda t: F.local_response_norm(t, 3),
     "fold": lambda t: F.fold(F.unfold(t, 3, 1, 2, 2), (13, 17), 3, 1, 2, 2),
     "fold, dilated": lambda t: F.fold(F.unfold(t, (2, 3), 2), (13, 17), (2, 3), 2),
+}
+MAXIMA = {
+    "adaptive_max_pool1d": lambda t: F.adaptive_max_pool1d(t.flatten(1, 2), 4, True),
+    "adaptive_max_pool2d": lambda t: F.adaptive_max_pool2d(t, (3, 4), True),
+    "adaptive_max_pool3d": lambda t: F.adaptive_max_pool3d(t, (2, 5, 1), True),
 }
 ROWS = {
     "cdist": lambda t: torch.cdist(t, t[:, :3] * 1.5),
@@ -43,7 +45,7 @@ ROWS = {
 }
 WEIGHT = x(5, 17, 17)
 BILINEAR = {"bilinear": lambda t: F.bilinear(t, t.flip(-1), WEIGHT.to(t.dtype))}
-EVERY = {**IMAGES, **ROWS, **BILINEAR}
+EVERY = {**IMAGES, **MAXIMA, **ROWS, **BILINEAR}
 ALL_ROWS = {
     "pdist": lambda t: F.pdist(t),
     "nanmedian of all": lambda t: t.where(t > -1, torch.nan).nanmedian(),
@@ -51,7 +53,7 @@ ALL_ROWS = {
 
 
 def sample(name, dtype, rows=6):
-    shape = (rows, 4, 13, 17) if name in IMAGES else (rows, 13, 17)
+    shape = (rows, 4, 13, 17) if name in IMAGES | MAXIMA else (rows, 13, 17)
     return x(*shape, dtype=dtype)
 
 
@@ -100,9 +102,9 @@ def check_rows(functions, t):
                 testing.assert_same_bits(parts, list(b), f"{place} of {count}")
 
 
-FEW = {name: IMAGES[name] for name in ("avg_pool2d, padding not counted", "fold")}
+FEW = {name: IMAGES[name] for name in ("avg_pool2d, padding not counted", "fold, dilated")}
 EACH = [
-    pytest.param(IMAGES, marks=pytest.mark.soak, id="images"),
+    pytest.param(IMAGES | MAXIMA, marks=pytest.mark.soak, id="images"),
     pytest.param(FEW, id="few images"),
     pytest.param(ROWS | BILINEAR, id="rows"),
 ]
