@@ -233,6 +233,7 @@ def test_no_images(case):
     assert sums[0].shape == w.shape and not any(s.any() for s in sums)
 
 
+@pytest.mark.soak
 def test_modules():
     """Forward and backward by Inductor, for any number of images."""
     net = nn.Sequential(

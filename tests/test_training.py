@@ -100,8 +100,7 @@ def test_one_forward_and_gradients(case, device):
     subject = trained(case, device)
     check_forward(subject)
     check_runs(subject)
-    if subject.name != "vit":  # its input is a convolution's
-        check_rows(subject)
+    check_rows(subject)
 
 
 def test_pytorch_itself_is_caught():
@@ -113,9 +112,9 @@ def test_pytorch_itself_is_caught():
 
 
 @each_device
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", [c for c in cases() if "resnet" not in c.values[0]])
 def test_checkpointing_changes_no_bit(case, device):
-    """What is computed again in the backward graph is what the forward graph computed."""
+    """What is computed again is what was computed; transformers has none for ResNet."""
     plain, checkpointed = (trained(case, device, checkpointing=c) for c in (False, True))
     batch = Batches(plain).many
     expected, found = plain.step(batch), checkpointed.step(batch)
@@ -185,7 +184,7 @@ class Errors:
 
 
 @each_device
-@pytest.mark.parametrize("case", cases("llama-bfloat16", "gpt2-float32"))
+@pytest.mark.parametrize("case", cases("llama-bfloat16", "gpt2-float32", "resnet-float32"))
 def test_errors_are_no_worse_than_pytorchs(case, device):
     errors = Errors(case, device)
     errors.check()

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 import bicompile
 
@@ -53,28 +55,48 @@ CONFIGS = {
         num_labels=VOCABULARY,
         **NO_DROPOUT,
     ),
+    "resnet": lambda: transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=VOCABULARY
+    ),
+    "mamba": lambda: transformers.MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, state_size=8
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **SIZES, num_key_value_heads=2, num_local_experts=4
+    ),
 }
+IMAGES = ("vit", "resnet")
+LONGEST = {"mamba": 6}
+"""Tokens of a row, where a graph holds every step of a loop over them."""
 AUTO = {
     "bert": transformers.AutoModelForMaskedLM,
     "vit": transformers.AutoModelForImageClassification,
+    "resnet": transformers.AutoModelForImageClassification,
 }
 
 
 def tiny(name: str, dtype: torch.dtype, layers: int = 1) -> Any:
     """A random model that is trained, with weights so large that rows differ in all bits.
 
-    The patches of ViT are embedded by a convolution, which has no gradient: it is frozen.
+    The batch norms of ResNet go by running statistics, and its weights are about 1.
     """
     torch.manual_seed(0)
     config = CONFIGS[name]()
     config.num_hidden_layers = layers
     config.use_cache = False
+    if name == "mixtral" and dtype is torch.float64:  # the default has no such kernel
+        config._experts_implementation = "eager"
     model = AUTO.get(name, transformers.AutoModelForCausalLM).from_config(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    if name == "vit":
-        model.vit.embeddings.patch_embeddings.requires_grad_(False)
-    return model.to(dtype).train()
+    if name != "resnet":
+        return model.to(dtype).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.weight, mean=1.0, std=0.1)
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+            torch.nn.init.uniform_(module.running_var, 0.02, 0.1)
+    return model.to(dtype).eval()
 
 
 @dataclass(frozen=True)
@@ -113,8 +135,9 @@ class Batch:
 def make_batch(name: str, lengths: tuple[int, ...], seed: int, device: str = "cpu") -> Batch:
     """Random rows; of those of tokens, the next token is the label (BERT: the token itself)."""
     rng = torch.Generator().manual_seed(seed)
-    count = len(lengths)
-    if name == "vit":
+    count, longest = len(lengths), LONGEST.get(name, max(lengths))
+    lengths = tuple(min(length, longest) for length in lengths)
+    if name in IMAGES:
         labels = torch.randint(VOCABULARY, (count, 1), generator=rng)
         images = torch.randn(count, 3, 16, 16, generator=rng)
         weight = torch.rand(count, 1, generator=rng) + 0.5
@@ -128,6 +151,16 @@ def make_batch(name: str, lengths: tuple[int, ...], seed: int, device: str = "cp
         weight = weight * mask.roll(-1, 1)
         weight[:, -1] = 0
     return Batch(*(t.to(device) for t in (tokens, mask, labels, weight)))
+
+
+class _InDouble(TorchFunctionMode):
+    """What a model computes in float32, whatever its weights are, is computed in float64."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.float:
+            function = torch.Tensor.double
+        wide = lambda a: torch.float64 if a is torch.float32 else a  # noqa: E731
+        return function(*tree_map(wide, args), **tree_map(wide, kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -172,8 +205,12 @@ class Trained:
         return batch
 
     def _function(self, rows, shift, mask, labels, weight=None):
-        autocast = torch.autocast(self.device, torch.bfloat16)
-        with autocast if self.autocast else contextlib.nullcontext():
+        how = contextlib.nullcontext()
+        if self.autocast:
+            how = torch.autocast(self.device, torch.bfloat16)
+        elif self.dtype is torch.float64:
+            how = _InDouble()
+        with how:
             if mask is None:
                 logits = self.model(pixel_values=rows + shift).logits.unsqueeze(1)
             else:
@@ -209,13 +246,12 @@ class Trained:
         found = []
         for first in range(0, len(batch.rows), size):
             part = batch.part(slice(first, first + size))
-            shift = self.shift(part).requires_grad_(self.name != "vit")
+            shift = self.shift(part).requires_grad_()
             log_probabilities, loss = self._call(part, shift, part.weight)
             loss.backward()
             found.append((log_probabilities.detach(), loss.detach(), shift.grad))
         gradients = {n: p.grad for n, p in self.model.named_parameters() if p.requires_grad}
-        if found[0][2] is not None:
-            gradients["the input"] = torch.cat([f[2] for f in found])
+        gradients["the input"] = torch.cat([f[2] for f in found])
         gradients = {n: g.detach().clone() for n, g in gradients.items()}
         losses = torch.stack([f[1] for f in found]).sum()
         return Step(torch.cat([f[0] for f in found]), losses, gradients)
