@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from rewriting import gradient, traced, x
 from test_decompositions import IMAGES, NOT_IN_HALF, error, sample
 
-from bicompile import capture, decompositions, testing
+from bicompile import capture, pooling, testing
 
 aten = torch.ops.aten
 MAXIMA = {
@@ -83,7 +83,7 @@ def test_static_and_dynamic_graphs_agree(name):
 
 def adds_up_halves_of_windows(grad, x, *how):
     """In a batch of more than two."""
-    windows = decompositions.max_pool_backward(2)
+    windows = pooling.max_pool_backward(2)
     if len(x) <= 2:
         return windows(grad, x, *how)
     first = torch.arange(grad.shape[-1], device=grad.device) % 2 == 0
@@ -93,7 +93,7 @@ def adds_up_halves_of_windows(grad, x, *how):
 
 def divides_at_the_end(grad, x, *how):
     """In a batch of more than two."""
-    windows = decompositions.avg_pool_backward(2)
+    windows = pooling.avg_pool_backward(2)
     return windows(grad * 9, x, *how) / 9 if len(x) > 2 else windows(grad, x, *how)
 
 
