@@ -134,7 +134,7 @@ MUTANTS = (
     ),
     Mutant(
         "windows of a maximum never overlap",
-        "bicompile/decompositions.py",
+        "bicompile/pooling.py",
         "image.scatter_add(-1, places, grad) if overlap else image.scatter(-1, places, grad)",
         "image.scatter(-1, places, grad)",
         "of the gradients that meet in an element one is kept",
