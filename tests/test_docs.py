@@ -33,10 +33,17 @@ def execute(*arguments):
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 ELSEWHERE = ("on_policy_rl.py", "quickstart.py")  # have tests of their own
+LONG = ("third_party_model.py",)
 
 
 @pytest.mark.parametrize(
-    "example", [p for p in EXAMPLES if p.name not in ELSEWHERE], ids=lambda p: p.name
+    "example",
+    [
+        pytest.param(p, marks=pytest.mark.soak if p.name in LONG else [])
+        for p in EXAMPLES
+        if p.name not in ELSEWHERE
+    ],
+    ids=lambda p: p.name,
 )
 def test_example_runs(example):
     assert execute(example)

@@ -167,3 +167,10 @@ def test_nothing_to_add():
             lambda t: t.put(empty, t.new_zeros(0), accumulate=True), backend="batch_invariant"
         )
         assert torch.equal(run(t), t)
+
+
+def test_no_places():
+    function = functools.partial(torch.scatter_add, dim=1)
+    t, index = x(3, 4), torch.zeros(3, 0, dtype=torch.int64)
+    _, _, result, expected = rewrite(lambda a, b: function(a, index=b, src=a), t, index)
+    testing.assert_same_bits(result, expected, "no places")

@@ -66,6 +66,8 @@ def _scatter_add(emit, self, dim, index, src):
         return NotImplemented
     dim %= rank
     shape, places = value(self).shape, value(index).shape
+    if any(isinstance(n, int) and n == 0 for n in places):
+        return emit(aten.clone.default, self)
     for d, (used, given) in enumerate(zip(places, value(src).shape, strict=True)):
         if not statically_known_true(used == given):  # of a larger source, the first are added
             src = emit(aten.slice.Tensor, src, d, 0, size(emit, index, d, used))
