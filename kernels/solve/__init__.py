@@ -1,7 +1,7 @@
 """Systems of equations with a triangular matrix.
 
-`solve_triangular`: X with `A @ X = B`, where A is lower (or upper) triangular; what lies on the other
-side of the diagonal is not read, nor the diagonal itself if it is all 1 (`unitriangular`).
+`solve_triangular`: X with `A @ X = B`, where A is lower (or upper) triangular; what lies on the
+other side of the diagonal is not read, nor the diagonal itself if it is all 1 (`unitriangular`).
 
 Bits: forward substitution in double, one chain for each element, in the order in which the elements
 before it are found; rounded once, at the end::

@@ -39,11 +39,11 @@ def solve_kernel(
         i = (K - 1 - step if UPPER else step).to(tl.int64)
         here = (step < K) & (n < N)
         rest = tl.load(B + i * sbi + n * sbn, mask=here, other=0.0).to(tl.float64)
-        for before in range(0, first):
+        for before in range(first):
             j = zero + (K - 1 - before if UPPER else before)
             a = tl.load(A + i * sai + j * saj, mask=step < K, other=0.0).to(tl.float64)
             rest = rest - a * tl.load(X + j * N + n, mask=n < N, other=0.0)
-        for place in range(0, min(T, K - first)):
+        for place in range(min(T, K - first)):
             at = first + place
             j = zero + (K - 1 - at if UPPER else at)
             found = _picked(rest, t == place)
