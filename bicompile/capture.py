@@ -19,6 +19,8 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch._C import DispatchKey
 from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
+from torch._dynamo.exc import Unsupported as Unsupported
 from torch._guards import CompileContext
 from torch.fx import GraphModule
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.utils._pytree import tree_leaves
 
 import bicompile
 from bicompile import testing
+from bicompile.capture import TorchDynamoException
 from bicompile.coverage import checks
 from bicompile.coverage.results import FAILED, ModelResult, first_line
 from bicompile.coverage.zoo import ZOO, Entry

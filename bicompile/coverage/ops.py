@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._dynamo.exc import Unsupported
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import bicompile
+from bicompile.capture import Unsupported
 from bicompile.coverage import checks
 from bicompile.coverage.results import FAILED, UNUSED, WORST_FIRST, OpResult, first_line
 from bicompile.errors import BicompileError, WrongInputs
