@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rewriting import x
 
-from bicompile import cli, native, registry, testing
+from bicompile import cli, coverage, native, registry, testing
 from bicompile.coverage import checks, models, ops, page
-from bicompile.coverage.results import CLASSES, FAILED, Results
+from bicompile.coverage.results import CLASSES, FAILED, OnGpu, Results
 from bicompile.coverage.zoo import ZOO, Entry
 from bicompile.passes.rules import RULES
 
@@ -71,6 +72,46 @@ def test_the_command_continues_a_file(tmp_path, capsys):
     assert found.ops["floor"]["bfloat16"].checks
     assert {n for n in found.ops if found.ops[n] != RESULTS.ops[n]} <= {"floor"}
     assert "| `floor` |" in shown.read_text()
+
+
+def test_what_holds_is_run_again_on_a_gpu(tmp_path, monkeypatch, capsys):
+    file, shown = tmp_path / "found.json", tmp_path / "found.md"
+    RESULTS.save(file)
+    asked = []
+
+    def each(function, tasks, **how):
+        for task in tasks:
+            assert how["device"] == task[-1] == "cuda"
+            asked.append(task[:-1])
+            if task[0] == "MLP":
+                yield task, RESULTS.models["MLP"]
+            else:
+                yield task, RuntimeError("misaligned") if task[1] == "bfloat16" else ["value"]
+
+    monkeypatch.setattr(coverage.pool, "each", each)
+    monkeypatch.setattr(coverage, "check_device", lambda device: None)
+    monkeypatch.setattr(coverage, "machine", lambda device: {})
+    monkeypatch.setattr(coverage, "title", lambda found: "a GPU")
+    names = ["floor", "MLP", "FNet"]  # the last is refused on the CPU
+    command = ["coverage", "--device", "cuda", "--only", *names, "--json", str(file)]
+    assert cli.main([*command, "--page", str(shown)]) == 1
+    assert {task[0] for task in asked} == {"floor", "MLP"}
+    found = Results.load(file)
+    assert found.gpu == "a GPU" and found.on_gpu("floor") == FAILED
+    assert found.ops["floor"]["float32"].gpu == OnGpu(checks=["value"])
+    assert found.ops["floor"]["float32"].checks == RESULTS.ops["floor"]["float32"].checks
+    assert found.models["MLP"].gpu.checks == RESULTS.models["MLP"].checks
+    assert "1 models on a GPU: invariant 1" in " ".join(capsys.readouterr().out.split())
+    text = shown.read_text()
+    assert "on a GPU: RuntimeError: misaligned" in text and "| the same |" in text
+
+
+def test_moved_tensors_keep_their_layout():
+    t = testing.LAYOUTS["misaligned"](x(3, 5)).t()
+    (moved,) = checks.moved([t], "meta")
+    assert moved.device.type == "meta"
+    assert (moved.stride(), moved.storage_offset()) == (t.stride(), t.storage_offset())
+    assert t.storage_offset() > 0
 
 
 # ------------------------------------------------------------------------- the checks can fail
