@@ -121,11 +121,20 @@ def rms_norm_kernel(
         tl.store(out + k, y, mask=mask)
 
 
+def _rows(x: torch.Tensor, m: int) -> torch.Tensor:
+    """x as [M, K], the terms of a row side by side.
+
+    Where they stand apart, LLVM packs offsets of two layouts into one register, and what overflows
+    in the lower half changes the upper one (Triton 3.6, rows of 16 terms).
+    """
+    x = x.reshape(m, x.numel() // max(m, 1))
+    return x if x.shape[1] < 2 or x.stride(1) < 2 else x.contiguous()
+
+
 def _split(input: torch.Tensor, nd: int) -> tuple[torch.Tensor, list[int]]:
     """The input as [M, K], and the shape of its statistics."""
     lead = list(input.shape[: input.ndim - nd])
-    k = math.prod(input.shape[input.ndim - nd :])
-    return input.reshape(math.prod(lead), k), lead + [1] * nd
+    return _rows(input, math.prod(lead)), lead + [1] * nd
 
 
 def _flat(x: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Tensor:
@@ -156,7 +165,7 @@ def group_norm(input, weight, bias, groups, eps, chosen=None):
     """Normalisation over each group of channels of a sample; out, mean and rstd (fp32)."""
     n, c = input.shape[:2]
     spatial = math.prod(input.shape[2:])
-    x = input.reshape(n * groups, c // groups * spatial)
+    x = _rows(input, n * groups)
     out = torch.empty(input.shape, dtype=input.dtype, device=input.device)
     size = c // groups
     return _normalise(x, weight, bias, out, [n, groups], groups, size, max(spatial, 1), eps, chosen)
@@ -229,7 +238,7 @@ def norm_backward_kernel(
 def _input_gradient(grad, input, mean, rstd, weight, rows, groups, channels, spatial, chosen):
     out = torch.empty(input.shape, dtype=input.dtype, device=input.device)
     if out.numel():
-        g, x = grad.reshape(rows, -1), input.reshape(rows, -1)
+        g, x = _rows(grad, rows), _rows(input, rows)
         launch_rows(
             norm_backward_kernel, g, x, _flat(mean, x), _flat(rstd, x), _flat(weight, x), out,
             *g.shape, *strides(g), *strides(x), groups, channels, spatial,
