@@ -20,6 +20,7 @@ from bicompile import cli, errors, registry
 from bicompile.soak import page, subjects, work
 from bicompile.soak.state import Block, Failure, State
 from bicompile.testing import InvarianceViolation, assert_op_invariant
+from bicompile.testing.plan import plan
 
 HERE = Path(__file__).parent
 SUM = registry.load_all()["sum"].contract
@@ -46,6 +47,18 @@ def test_every_op_holds():
             assert_op_invariant(name, cases=12)
 
 
+def test_cases_that_are_alike_need_the_same_kernels():
+    """A block on a GPU: other rows, contents and numbers, one dtype, law and length of sums."""
+    for begin in (0, 256):
+        cases = [plan("sum", SUM, n, 256) for n in range(begin, begin + 256)]
+        same = {(c.law, c.case, c.dtype, c.sizes["K"]) for c in cases}
+        assert len(same) == 1
+        assert 1 < len({c.sizes["M"] for c in cases}) <= 3
+        assert len({(c.contents, c.seed) for c in cases}) > 200
+    dtypes = {plan("sum", SUM, n, 256).dtype for n in range(0, 5120, 256)}
+    assert len(dtypes) == 3
+
+
 def test_a_model_holds():
     assert subjects.check("MLP", 0, "cpu") == ("batch size", "")
 
@@ -55,9 +68,9 @@ def test_a_model_holds():
 
 def test_blocks_come_once_and_in_rounds():
     done = {"sum": {0, 2}}
-    tasks = list(itertools.islice(work.endless(["sum", "mm", "MLP"], done), 6))
+    tasks = list(itertools.islice(work.endless(["sum", "mm", "MLP"], done, "cpu"), 6))
     assert tasks == [("mm", 0), ("MLP", 0), ("sum", 1), ("mm", 1), ("mm", 2), ("sum", 3)]
-    assert list(itertools.islice(work.endless(["MLP"], {}), 2)) == [("MLP", 0), ("MLP", 1)]
+    assert list(itertools.islice(work.endless(["MLP"], {}, "cpu"), 2)) == [("MLP", 0), ("MLP", 1)]
 
 
 def test_a_block_counts_once_or_not_at_all(tmp_path):
@@ -78,7 +91,7 @@ def test_a_block_counts_once_or_not_at_all(tmp_path):
 
 
 def test_a_process_that_dies_is_found():
-    block = work._lost(("sum", 2), EOFError("died"))
+    block = work._lost("sum", 2, "cpu", EOFError("died"))
     assert block.failures[0].number == 128
     assert "--case 'sum@NUMBER'" in block.failures[0].message
 
@@ -110,7 +123,7 @@ def test_killed_it_goes_on(tmp_path):
     assert soak(*names, "--cases", before + 300, "--json", report, "--page", shown) == 1
     found = json.loads(report.read_text())
     assert shown.read_text() == page.render(found)
-    assert before + 300 <= found["cases"] <= before + 300 + 4 * work.OF_OPS
+    assert before + 300 <= found["cases"] <= before + 300 + 4 * subjects.OF_OPS["cpu"]
     assert found["cases"] == sum(sum(laws.values()) for laws in found["subjects"].values())
     done = State(state, {}).done()
     for blocks in done.values():

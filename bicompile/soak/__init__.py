@@ -119,7 +119,7 @@ def _search(args: argparse.Namespace, names: list[str], state: State, console: C
         return
     tasks = itertools.takewhile(
         lambda _: time.perf_counter() < end and state.cases < wanted,
-        work.endless(names, state.done()),
+        work.endless(names, state.done(), args.device),
     )
     blocks = work.each(tasks, device=args.device, jobs=args.jobs, modules=args.load, end=end)
     with contextlib.closing(blocks), _bar(console, args.cases) as progress:

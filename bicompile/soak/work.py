@@ -12,28 +12,31 @@ from bicompile import pool
 from bicompile.soak import subjects
 from bicompile.soak.state import Block, Failure
 
-OF_OPS, OF_MODELS = 64, 4
-"""Cases of a block."""
-EVERY = 16
+OF_MODELS = 4
+"""Cases of a block of a model."""
+EVERY = {"cpu": 16, "cuda": 64}
 """Of so many rounds over the ops, one is over the models, too: a case of theirs takes longer."""
 SECONDS = 1800.0
 """After which a block is given up."""
 
 
-def numbers(subject: str, block: int) -> range:
+def numbers(subject: str, block: int, device: str) -> range:
     """The numbers of the cases of a block."""
-    size = OF_MODELS if subject in subjects.MODELS else OF_OPS
+    size = OF_MODELS if subject in subjects.MODELS else subjects.OF_OPS[device]
     return range(block * size, (block + 1) * size)
 
 
-def endless(names: Sequence[str], done: Mapping[str, set[int]]) -> Iterator[tuple[str, int]]:
+def endless(
+    names: Sequence[str], done: Mapping[str, set[int]], device: str
+) -> Iterator[tuple[str, int]]:
     """Blocks that are not done, subject after subject, round after round."""
+    every = EVERY[device]
     models = [name for name in names if name in subjects.MODELS]
     others = [name for name in names if name not in subjects.MODELS]
     for turn in itertools.count():
         waiting = [(name, turn) for name in others]
-        if not others or turn % EVERY == 0:
-            waiting += [(name, turn // EVERY if others else turn) for name in models]
+        if not others or turn % every == 0:
+            waiting += [(name, turn // every if others else turn) for name in models]
         yield from (task for task in waiting if task[1] not in done.get(task[0], ()))
 
 
@@ -42,7 +45,7 @@ def run_block(subject: str, block: int, device: str) -> Block:
     start = time.perf_counter()
     laws: Counter[str] = Counter()
     failures = []
-    for number in numbers(subject, block):
+    for number in numbers(subject, block, device):
         law, message = subjects.check(subject, number, device)
         laws[law] += 1
         if message:
@@ -68,16 +71,17 @@ def each(
         begin=functools.partial(_begin, modules),
         end=end,
     ):
-        yield _lost((subject, block), found) if isinstance(found, BaseException) else found
+        lost = isinstance(found, BaseException)
+        yield _lost(subject, block, device, found) if lost else found
 
 
-def _lost(task: tuple[str, int], error: BaseException) -> Block:
+def _lost(subject: str, block: int, device: str, error: BaseException) -> Block:
     """What is written down of a block whose process died or did not end."""
-    subject, block = task
-    first, last = numbers(subject, block)[0], numbers(subject, block)[-1]
+    first, last = (numbers(subject, block, device)[n] for n in (0, -1))
     message = (
         f"{type(error).__name__}: {error}\n"
-        f"one of the cases {first} to {last}: bicompile soak --case '{subject}@NUMBER'"
+        f"one of the cases {first} to {last}: bicompile soak --device {device} "
+        f"--case '{subject}@NUMBER'"
     )
     law = "the process lives"
     return Block(subject, block, {law: 1}, 0.0, (Failure(subject, first, law, message),))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bicompile.contract import Contract
+from bicompile.contract import ROLES, Contract, Role
 from bicompile.testing import kernels
 from bicompile.testing.bits import InvarianceViolation
 from bicompile.testing.contents import CONTENTS
@@ -78,8 +78,18 @@ class Plan:
         return f"from bicompile.testing.plan import Plan\n{self!r}.check({device!r})"
 
 
-def plan(op: str, contract: Contract, number: int) -> Plan:
+_SIZES_OF_ROWS = 3  # of cases that are alike
+
+
+def plan(op: str, contract: Contract, number: int, alike: int = 1) -> Plan:
     """Case `number` of an op with this contract; the same in every process and version of Python.
+
+    Args:
+        op: its name.
+        contract: what it promises.
+        number: of the case.
+        alike: so many cases from each multiple on share what GPU kernels are compiled for: form,
+            dtype, law, what is absent, sizes that are summed over, and a few sizes of rows.
 
     Example:
         >>> from bicompile import registry
@@ -87,25 +97,28 @@ def plan(op: str, contract: Contract, number: int) -> Plan:
         >>> plan("sum", contract, 7) == plan("sum", contract, 7)
         True
     """
-    draw = random.Random(f"{op}@{number}")
-    which = draw.randrange(len(contract.cases))
+    shared, draw = (random.Random(f"{op}@{n}") for n in (f"{number // alike} of {alike}", number))
+    which = shared.randrange(len(contract.cases))
     case = contract.cases[which]
     crowded, windows = len(case.axes) > 3, len(case.windows)
-    sizes = {a: draw.choice(axis_sizes(a, crowded, windows)) for a in case.axes if a != "1"}
+    sizes = {}
+    for axis in (a for a in case.axes if a != "1"):
+        known = axis_sizes(axis, crowded, windows)
+        several = _SIZES_OF_ROWS if ROLES[axis[0]] is Role.ROW else 1
+        sizes[axis] = draw.choice([shared.choice(known) for _ in range(several)])
     laws = [law.__name__ for law in kernels.PROPERTIES]
     if windows:
         laws += [law.__name__ for law in kernels.OF_WINDOWS]
-    dtype = draw.choice(contract.dtypes)
     return Plan(
         op,
-        draw.choice(laws),
+        shared.choice(laws),
         which,
-        str(dtype).removeprefix("torch."),
+        str(shared.choice(contract.dtypes)).removeprefix("torch."),
         sizes,
         draw.choice(sorted(CONTENTS)),
         draw.randrange(2**16),
-        tuple(a.name for a in case.inputs if a.optional and draw.random() < 0.3),
-        bool(case.masks) and draw.random() < 0.5,
+        tuple(a.name for a in case.inputs if a.optional and shared.random() < 0.3),
+        bool(case.masks) and shared.random() < 0.5,
     )
 
 
