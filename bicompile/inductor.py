@@ -60,6 +60,11 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "cpp.enable_concat_linear": (False, "joins matmuls"),
 }
 
+# No bit follows these; each key with what it is good for.
+_TUNED: Mapping[str, tuple[object, str]] = {
+    "score_fusion_memory_threshold": (1, "kernels of a cache's counters, of 8 bytes, are joined"),
+}
+
 _MODES: Mapping[str | None, Mapping[str, object]] = {
     None: {},
     "default": {},
@@ -96,7 +101,7 @@ def _known(key: str) -> bool:
 
 
 def config_patches(mode: str | None, stamp: str) -> dict[str, object]:
-    """The configuration of one call, never set globally: PINNED, the mode and the cache stamp.
+    """The configuration of one call, never set globally: what is pinned or tuned, mode and stamp.
 
     Keys that this version of PyTorch does not have are left out.
 
@@ -106,7 +111,7 @@ def config_patches(mode: str | None, stamp: str) -> dict[str, object]:
     if mode not in _MODES:
         accepted = [m for m in _MODES if m is not None]
         raise UnknownOption(option="mode", value=repr(mode), accepted=accepted)
-    patches = {key: value for key, (value, _) in PINNED.items() if _known(key)}
+    patches = {key: value for key, (value, _) in {**PINNED, **_TUNED}.items() if _known(key)}
     identity = f"{stamp}-{_own_hash()}"
     return {**patches, **_MODES[mode], "joint_custom_pre_pass": Stamp(identity)}
 
