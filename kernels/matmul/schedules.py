@@ -68,13 +68,15 @@ TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
         Entry(128, MANY, MANY, _tma(128, 128, 64, 8, 5, 1)),
         Entry(512, WIDE, MANY, _tma(128, 64, 64, 4, 6)),
         Entry(512, MANY, MANY, _tma(128, 128, 64, 8, 5, 1)),
-        Entry(MANY, MANY, MANY, _tma(128, 256, 64, 8, 3, 4)),
+        Entry(4096, 1024, MANY, _tma(128, 128, 64, 8, 5)),
+        Entry(8192, MANY, MANY, _tma(128, 256, 64, 8, 3)),
+        Entry(MANY, MANY, MANY, _tma(128, 256, 64, 8, 3, 2)),
     ),
     ("half pair", "9.0"): (
         Entry(16, MANY, MANY, Schedule(16, 16, 256, 4, 4)),
         Entry(32, MANY, MANY, _tma(32, 32, 128, 4, 4)),
         Entry(64, MANY, MANY, _tma(64, 64, 64, 4, 4)),
-        Entry(MANY, MANY, MANY, _tma(128, 128, 64, 8, 3, 1)),
+        Entry(MANY, MANY, MANY, _tma(128, 128, 64, 8, 4)),
     ),
     ("half", "any"): (
         Entry(16, MANY, MANY, Schedule(16, 32, 256, 4, 4)),
