@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from tiny_model import make_tiny_model
 
 from bicompile import cli
-from bicompile.bench import cases, ops, processes, race, random_model, real_model, worker
+from bicompile.bench import cases, ops, processes, race, random_model, real_model, training, worker
 from bicompile.bench import sequences as seq
 from bicompile.bench.cases import OURS, SMALL, TINY, Case, System
 from bicompile.bench.limits import Limits, least_seconds
@@ -31,7 +32,7 @@ def test_a_group_names_its_sizes():
 
 @pytest.mark.parametrize("suite", [s for both in cases.SUITES.values() for s in both])
 def test_the_bits_of_every_timed_case_can_be_compared(suite):
-    for cs in (suite.models, suite.ops):
+    for cs in (suite.models, suite.ops, suite.training):
         for group, members in cases.by_group(cs):
             assert len({case.batch for case in members}) > 1, group
     assert set(suite.first) <= set(suite.models)
@@ -163,7 +164,8 @@ def test_who_races_on_a_gpu():
     fakes = {system.name: FakeWorker() for system in course.systems}
     rows = list(race.groups(course, course.suite.ops, fakes, Console(quiet=True)))
     assert [row.what for row in rows] == [c.name for c in course.suite.ops if c.timed]
-    rivals = {"mm": {"cublas"}, "decode": {"flash", "cudnn"}, "prefill": {"flash", "cudnn"}}
+    kinds = ("decode", "prefill", "attention_backward")
+    rivals = {"mm": {"cublas"}} | {kind: {"flash", "cudnn"} for kind in kinds}
     for row in rows:
         assert set(row.figures) - {OURS} == rivals.get(row.case.kind, {"inductor"})
         assert OURS in row.figures
@@ -230,6 +232,41 @@ def test_what_the_machine_can_do_is_measured():
     assert 0 < rates["operations"] < 1e15
 
 
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def test_a_training_step_gives_the_gradients_of_the_mean_loss():
+    model = random_model.build(TINY.shapes, "cpu", "float64")
+    work = training.TrainingWork(EAGER, model, "cpu")
+    case = Case("training 8", 3)
+    with torch.no_grad():  # as a worker does
+        assert work.first(case) > 0
+        rows = work.digests(case)
+        assert work.sample(case, 1) > 0
+        work._step(case)()
+    assert len(set(rows)) == 3
+    found = {name: weight.grad for name, weight in model.named_parameters()}
+    ids = work._tokens(case)
+    logits = model(input_ids=ids).logits[:, :-1].float()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    want = torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(list(found.values()), list(want), rtol=1e-4, atol=1e-7)
+
+
+def test_attention_backward_is_the_gradient_of_attention():
+    work = ops.OpWork(EAGER, "cpu", "float64", {"attention_backward 4x2x6x8": 2})
+    case = Case("attention_backward 4x2x6x8", 2)
+    with torch.no_grad():
+        found = work.prepare(case)()
+    *read, gradient = work._inputs(case)
+    query, key, value = (t.clone().requires_grad_() for t in read)
+    scores = query @ key.repeat_interleave(2, 1).mT / 8**0.5
+    scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), float("-inf"))
+    result = scores.softmax(-1) @ value.repeat_interleave(2, 1)
+    want = torch.autograd.grad(result, (query, key, value), gradient)
+    torch.testing.assert_close(found, (result.detach(), *want))
+
+
 # ---- Sequences -----------------------------------------------------------------------------------
 
 
@@ -290,7 +327,10 @@ class InProcess:
     def ask(self, do, case=None, **more):
         request = {"do": do, "case": [case.group, case.batch] if case else None, "more": more}
         with torch.no_grad():
-            return json.loads(json.dumps(worker.answer(self.work, request)))
+            try:
+                return json.loads(json.dumps(worker.answer(self.work, request)))
+            except training.OtherBits as error:
+                raise WorkerFailed(str(error)) from error
 
 
 def by_rows(function):
@@ -301,6 +341,22 @@ def by_rows(function):
         rows = range(inputs[0].shape[0])
         picked = ([t[i : i + 1] if b else t for t, b in zip(inputs, batched)] for i in rows)  # noqa: B905
         return torch.cat([function(*row) for row in picked])
+
+    return call
+
+
+def trained_stand_in(forward, planted):
+    """A model trained row by row; planted: each step's gradients are other ones."""
+    steps = itertools.count(1)
+
+    def call(**step):
+        ids = step["input_ids"]
+        found = [forward(input_ids=row, labels=row, use_cache=False) for row in ids.split(1)]
+        loss = sum(one.loss for one in found) / len(found)
+        logits = torch.cat([one.logits for one in found])
+        if planted:  # the loss is what it was
+            loss = loss.detach() + (loss - loss.detach()) * next(steps)
+        return SimpleNamespace(loss=loss, logits=logits)
 
     return call
 
@@ -320,7 +376,7 @@ def stand_in(forward, planted):
 @pytest.mark.parametrize("planted", [False, True])
 def test_a_whole_run(planted, tmp_path, monkeypatch, capsys):
     eager = (System(RIVAL, "eager"), System(OURS, "eager"))
-    for part in ("model", "ops", "sequences"):
+    for part in ("model", "ops", "sequences", "training"):
         monkeypatch.setitem(cases.SYSTEMS, ("cpu", part), eager)
     monkeypatch.setattr(race, "Worker", InProcess)
 
@@ -335,6 +391,10 @@ def test_a_whole_run(planted, tmp_path, monkeypatch, capsys):
 
     for module in (ops, random_model, seq):
         monkeypatch.setattr(module, "under", under)
+    trained = lambda system, function, owner: trained_stand_in(  # noqa: E731
+        function, planted and system.name == OURS
+    )
+    monkeypatch.setattr(training, "under", trained)
     if planted:
         monkeypatch.setitem(ops.OPS, "softmax", softmax_of_the_batch)
     file = tmp_path / "tiny.json"
@@ -346,18 +406,23 @@ def test_a_whole_run(planted, tmp_path, monkeypatch, capsys):
     assert report.limits["float32"]["bytes"] > 0
     assert rows["model decode 40 batch 2"].figures["limit"] > 0
     assert rows["ops rms_norm 64 batch 5"].ratio(RIVAL) > 0
+    assert rows["training second process, peak memory"].ratio(RIVAL) > 0
     (served,) = (r for name, r in rows.items() if " sequences, " in name)
     refused = [name for name, row in rows.items() if OURS in row.missing]
     if not planted:
         assert refused == []
         assert served.ratio(RIVAL) > 0
         assert rows["model decode 24 batch 1"].ratio("limit") > 0
+        assert all(rows[f"training {c.name}"].ratio(RIVAL) > 0 for c in TINY.training if c.timed)
         return
     timed = {f"model {c.name}" for c in TINY.models if c.timed}
     timed |= {f"ops {c.name}" for c in TINY.ops if c.timed and c.kind == "softmax"}
+    timed |= {f"training {c.name}" for c in TINY.training if c.timed}
     assert set(refused) == timed | {f"sequences {served.what}"}
     assert served.missing[OURS] == "2 of 2 requests get other bits in other company"
     assert "bits of a row differ" in shown
+    why = rows["training training 8 batch 1"].missing[OURS]
+    assert "differ in a second step: model.embed_tokens.weight" in why
 
 
 def softmax_of_the_batch(x):

@@ -1,4 +1,4 @@
-"""Race against default torch.compile: whole models, single ops and many requests, bits first."""
+"""Race against default torch.compile: models, their training, ops and many requests, bits first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bicompile.bench.cases import OURS, SUITES
 from bicompile.bench.results import Report, Row
 from bicompile.errors import UnsafeSetting
 
-PARTS = ("model", "ops", "sequences")
+PARTS = ("model", "ops", "sequences", "training")
 _DEFAULT_SUITE = {"cpu": "small", "cuda": "qwen3-8b"}
 
 
@@ -75,7 +75,7 @@ def _tables(
     from bicompile.bench import race
 
     parts = _parts(args, suite)
-    if "model" in parts and suite.shapes is None and args.model is None:
+    if {"model", "training"} & set(parts) and suite.shapes is None and args.model is None:
         models.unpack(models.fetch(console=progress), console=progress)
     for dtype in _dtypes(args):
         for part in parts:
@@ -94,6 +94,8 @@ def _tables(
                 yield name, race.ops(course, progress)
             elif part == "sequences":
                 yield name, race.sequences(course, progress)
+            elif part == "training":
+                yield name, race.training(course, progress)
             else:
                 if suite.shapes is not None:
                     report.limits[dtype] = race.measure_limits(course)
@@ -128,7 +130,7 @@ def _parts(args: argparse.Namespace, suite: Any) -> tuple[str, ...]:
             accepted=[n for n, (whole, _) in SUITES.items() if whole.sequences],
             todo="name one of these suites with --suite",
         )
-    had = PARTS if suite.sequences else PARTS[:2]
+    had = [part for part in PARTS if part != "sequences" or suite.sequences]
     return tuple(part for part in had if not args.only or part in args.only)
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 OURS = "bicompile"
+TRAINING_LAYERS = 4
+"""A random model is trained with at most so many layers."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,8 @@ class Case:
     """One thing to time; cases of one group share their first rows, which must agree in bits.
 
     A group is a name and its sizes: `decode 1024` (of a model: after 1024 tokens),
-    `prefill 2048`, `mm KxN`, attention (`decode`, `prefill`) `HxHkvxSxD`, `rms_norm K`.
+    `prefill 2048`, `training 4096` (tokens of a row), `mm KxN`, `rms_norm K`, attention
+    (`decode`, `prefill`, `attention_backward`) `HxHkvxSxD`.
     """
 
     group: str
@@ -85,10 +88,13 @@ class Suite:
     name: str
     models: tuple[Case, ...]
     ops: tuple[Case, ...]
+    training: tuple[Case, ...]
     first: tuple[Case, Case]
     """Prefill and decode cases whose compilation is timed: the way to the first answer."""
-    calls: Mapping[str, int] = field(default_factory=lambda: {"prefill": 5, "decode": 5, "op": 30})
-    """Calls in each round: of a model's prefill, of its decode step, of an op."""
+    calls: Mapping[str, int] = field(
+        default_factory=lambda: {"prefill": 5, "decode": 5, "training": 2, "op": 30}
+    )
+    """Calls in each round: of a model's prefill, decode step and training step, of an op."""
     shapes: Shapes | None = None
     """Of the random model; None: the real one."""
     sequences: Sequences | None = None
@@ -127,11 +133,13 @@ SMALL = Suite(
             "mm 576x49152": (1, 4),
             "decode 9x3x512x64": (1, 4, 16),
             "prefill 9x3x128x64": (1, 4),
+            "attention_backward 9x3x128x64": (1, 4),
             "rms_norm 576": (1, 128),
             "layer_norm 576": (1, 128),
             "softmax 2048": (1, 128),
         }
     ),
+    training=cases({"training 64": (2, 4)}),
 )
 
 
@@ -141,6 +149,7 @@ def layers(
     *,
     decode: Mapping[int, Sequence[int]],
     prefill: Mapping[int, Sequence[int]],
+    training: Mapping[int, Sequence[int]],
     rows: Sequence[int],
     sequences: Sequences | None,
     calls: Mapping[str, int],
@@ -153,6 +162,7 @@ def layers(
         shapes: sizes of the model.
         decode: context length -> batch sizes of a decode step after it.
         prefill: prompt length -> batch sizes.
+        training: tokens of a row -> batch sizes.
         rows: M of the matmuls; norms have each third and the last, logits the first decode batches.
         sequences: the requests to serve.
         calls: see `Suite.calls`.
@@ -165,10 +175,12 @@ def layers(
         **{f"decode {length}": batches for length, batches in decode.items()},
         **{f"prefill {length}": batches for length, batches in prefill.items()},
     }
+    steps = {f"training {length}": batches for length, batches in training.items()}
     ops = {
         **{f"mm {k}x{n}": rows for k, n in matmuls},
         **{f"decode {heads}x{s}x{shapes.head_size}": bs for s, bs in decode.items()},
         **{f"prefill {heads}x{s}x{shapes.head_size}": bs for s, bs in prefill.items()},
+        **{f"attention_backward {heads}x{s}x{shapes.head_size}": bs for s, bs in training.items()},
         f"rms_norm {shapes.hidden}": few,
         f"softmax {shapes.hidden}": few,
         f"softmax {shapes.vocabulary}": next(iter(decode.values())),
@@ -178,6 +190,7 @@ def layers(
         name=name,
         models=cases(models, _second_batch(models)),
         ops=cases(ops, _second_batch(ops)),
+        training=cases(steps, _second_batch(steps)),
         first=(_first("prefill", prefill), _first("decode", decode)),
         calls=calls,
         shapes=shapes,
@@ -201,9 +214,10 @@ QWEN3 = layers(
     Shapes(),
     decode={1024: (1, 8, 32, 128), 8192: (8,)},
     prefill={2048: (1,), 1024: (8,), 16384: (1,)},
+    training={4096: (1,), 2048: (4,)},
     rows=(1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
     sequences=Sequences(),
-    calls={"prefill": 5, "decode": 20, "op": 8},
+    calls={"prefill": 5, "decode": 20, "training": 5, "op": 8},
     limits=(1 << 30, 8192),
 )
 QWEN3_QUICK = layers(
@@ -211,9 +225,10 @@ QWEN3_QUICK = layers(
     Shapes(layers=2),
     decode={1024: (1, 32)},
     prefill={2048: (1,)},
+    training={2048: (1,)},
     rows=(1, 128, 2048),
     sequences=None,
-    calls={"prefill": 5, "decode": 20, "op": 8},
+    calls={"prefill": 5, "decode": 20, "training": 5, "op": 8},
     limits=(1 << 30, 8192),
 )
 TINY = layers(
@@ -221,9 +236,10 @@ TINY = layers(
     Shapes(2, hidden=64, intermediate=96, heads=4, kv_heads=2, head_size=16, vocabulary=320),
     decode={24: (1, 3), 40: (2,)},
     prefill={16: (1,), 8: (3,)},
+    training={8: (1, 3), 12: (2,)},
     rows=(1, 5),
     sequences=Sequences(count=7, slots=4, prompt=(3, 6), tokens=(4, 7), layers=2, alone=2),
-    calls={"prefill": 2, "decode": 3, "op": 2},
+    calls={"prefill": 2, "decode": 3, "training": 1, "op": 2},
     limits=(1 << 16, 64),
 )
 SMALL_QUICK = replace(
@@ -258,7 +274,7 @@ class System:
     """The kinds of ops it is raced at; empty: all."""
 
 
-_ATTENTION = ("decode", "prefill")
+_ATTENTION = ("decode", "prefill", "attention_backward")
 _ROWWISE = ("rms_norm", "layer_norm", "softmax", "log_softmax")
 SYSTEMS: Mapping[tuple[str, str], tuple[System, ...]] = {
     ("cpu", "model"): (System("inductor", "inductor"), System(OURS, "bicompile")),
@@ -268,6 +284,10 @@ SYSTEMS: Mapping[tuple[str, str], tuple[System, ...]] = {
         System(OURS, "bicompile"),
     ),
     ("cpu", "sequences"): (System("inductor", "inductor"), System(OURS, "bicompile")),
+    ("cpu", "training"): (
+        System("inductor", "inductor", dynamic=False),
+        System(OURS, "bicompile"),
+    ),
     ("cuda", "model"): (
         System("inductor", "inductor", dynamic=False),
         System("reduce-overhead", "inductor", "reduce-overhead", dynamic=False),
@@ -283,6 +303,10 @@ SYSTEMS: Mapping[tuple[str, str], tuple[System, ...]] = {
     ("cuda", "sequences"): (
         System("reduce-overhead", "inductor", "reduce-overhead", dynamic=False),
         System(OURS, "bicompile", "reduce-overhead"),
+    ),
+    ("cuda", "training"): (
+        System("inductor", "inductor", dynamic=False),
+        System(OURS, "bicompile"),
     ),
 }
 """By device and part of the bench: who races, ours last."""

@@ -43,7 +43,9 @@ class OpWork:
 
     def digests(self, case: Case) -> list[str]:
         """A digest of each row of the result."""
-        return timing.row_digests(self.prepare(case)())
+        results = self.prepare(case)()
+        tensors = [results] if isinstance(results, torch.Tensor) else results
+        return ["".join(row) for row in zip(*map(timing.row_digests, tensors), strict=True)]
 
     def forget(self, counts: bool = True) -> None:
         """Give up the inputs, graphs and compiled code."""
@@ -52,7 +54,7 @@ class OpWork:
         torch.compiler.reset()
         timing.forget_peak()
 
-    def prepare(self, case: Case) -> Callable[[], torch.Tensor]:
+    def prepare(self, case: Case) -> Callable[[], Any]:
         """One call with its inputs."""
         function, inputs = self._function(case), self._inputs(case)
         return lambda: function(*inputs)
@@ -67,7 +69,9 @@ class OpWork:
     def _function(self, case: Case) -> Any:
         if case.group not in self.functions:
             copied = copy(OPS[case.kind], case.group)
-            self.functions[case.group] = under(self.system, copied)
+            function = under(self.system, copied)
+            backward = case.kind == "attention_backward"
+            self.functions[case.group] = _with_gradients(function) if backward else function
         return self.functions[case.group]
 
     def _inputs(self, case: Case) -> Inputs:
@@ -76,6 +80,19 @@ class OpWork:
             self.made[case.group] = INPUTS[case.kind](make, *case.sizes)
         batched, shared = self.made[case.group]
         return [*(t[: case.batch] for t in batched), *shared]
+
+
+def _with_gradients(function: Any) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """The result of a function and the gradients of its inputs; that of the result comes last."""
+
+    def call(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        *read, gradient = inputs
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in read]
+            result = function(*leaves)
+            return result.detach(), *torch.autograd.grad(result, leaves, gradient)
+
+    return call
 
 
 class Maker:
@@ -135,6 +152,7 @@ OPS: Mapping[str, Any] = {
     "mm": _mm,
     "decode": _decode,
     "prefill": _prefill,
+    "attention_backward": _prefill,
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
     "softmax": _softmax,
@@ -146,11 +164,17 @@ def _attention(make: Maker, h: int, kv: int, q: int, s: int, d: int) -> tuple[In
     return [make.batch(h, q, d), make.batch(kv, s, d), make.batch(kv, s, d)], []
 
 
+def _attention_backward(make: Maker, h: int, kv: int, s: int, d: int) -> tuple[Inputs, Inputs]:
+    inputs, shared = _attention(make, h, kv, s, s, d)
+    return [*inputs, make.batch(h, s, d)], shared
+
+
 # Batched inputs and shared ones, from the sizes in the group's name.
 INPUTS: Mapping[str, Callable[..., tuple[Inputs, Inputs]]] = {
     "mm": lambda make, k, n: ([make.batch(k)], [make.one(n, k)]),
     "decode": lambda make, h, kv, s, d: _attention(make, h, kv, 1, s, d),
     "prefill": lambda make, h, kv, s, d: _attention(make, h, kv, s, s, d),
+    "attention_backward": _attention_backward,
     "rms_norm": lambda make, k: ([make.batch(k)], [make.one(k)]),
     "layer_norm": lambda make, k: ([make.batch(k)], [make.one(k)]),
     "softmax": lambda make, k: ([make.batch(k)], []),

@@ -10,7 +10,16 @@ from typing import Any
 
 from rich.console import Console
 
-from bicompile.bench.cases import OURS, SYSTEMS, Case, Sequences, Suite, System, by_group
+from bicompile.bench.cases import (
+    OURS,
+    SYSTEMS,
+    TRAINING_LAYERS,
+    Case,
+    Sequences,
+    Suite,
+    System,
+    by_group,
+)
 from bicompile.bench.limits import least_seconds
 from bicompile.bench.processes import Racer, Worker, WorkerFailed, ask_all, running
 from bicompile.bench.results import Row
@@ -18,7 +27,7 @@ from bicompile.bench.results import Row
 
 @dataclass(frozen=True)
 class Race:
-    """One part of the bench (`model`, `ops`, `sequences`) in one dtype."""
+    """One part of the bench (`model`, `ops`, `sequences`, `training`) in one dtype."""
 
     part: str
     dtype: str
@@ -46,6 +55,8 @@ class Race:
         sequences = asdict(self.suite.sequences) if self.suite.sequences else None
         if self.part == "sequences" and shapes and sequences:
             shapes["layers"] = sequences["layers"]
+        if self.part == "training" and shapes:
+            shapes["layers"] = min(shapes["layers"], TRAINING_LAYERS)
         return {
             "part": self.part,
             "dtype": self.dtype,
@@ -87,7 +98,7 @@ def measure_limits(race: Race) -> dict[str, float]:
             return rates
 
 
-# ---- Models and ops ------------------------------------------------------------------------------
+# ---- Models, their training, ops -----------------------------------------------------------------
 
 
 def models(race: Race, rates: Mapping[str, float] | None, console: Console) -> Iterator[Row]:
@@ -126,6 +137,25 @@ def ops(race: Race, console: Console) -> Iterator[Row]:
     """Rows of the ops."""
     with race.caches() as caches, race.workers(caches) as workers:
         yield from groups(race, race.suite.ops, workers, console)
+
+
+def training(race: Race, console: Console) -> Iterator[Row]:
+    """Rows of training: compilation, each case, and the memory of processes that only train."""
+    timed = [case for case in race.suite.training if case.timed]
+    with race.caches() as caches:
+        with race.workers(caches) as workers:
+            with console.status(f"{race.dtype} training: the first step"):
+                seconds, failures = first_answer(workers, timed[:1])
+            yield Row("compile, first step", "s", seconds, missing=failures)
+            yield from groups(race, race.suite.training, workers, console)
+        with console.status(f"{race.dtype} training: memory"), race.workers(caches) as again:
+            seconds, failures = first_answer(again, timed[:1])
+            for case in timed[1:]:
+                ask_all(again, "forget", at_once=False)
+                failures |= ask_all(again, "first", case, at_once=False)[1]
+            memory, _ = ask_all(again, "memory", at_once=False)
+        yield Row("second process, first step", "s", seconds, missing=failures)
+        yield Row("second process, peak memory", "MB", memory)
 
 
 def groups(
@@ -187,7 +217,7 @@ def take_turns(
 
     A system that is missing, and ours if its bits are wrong, gets no time.
     """
-    key = case.kind if race.part == "model" else "op"
+    key = "op" if race.part == "ops" else case.kind
     calls = race.suite.calls[key]
     lost = ({OURS: wrong} if wrong else {}) | dict(missing)
     best: dict[str, float] = {}

@@ -52,6 +52,10 @@ def make_work(settings: dict[str, Any]) -> Any:
 
         shapes, sequences = Shapes(**settings["shapes"]), Sequences(**settings["sequences"])
         return SequencesWork(system, shapes, sequences, device, dtype)
+    if settings["part"] == "training":
+        from bicompile.bench.training import TrainingWork
+
+        return TrainingWork(system, make_model(settings), device)
     if settings["shapes"] is None:
         from bicompile.bench.real_model import RealModel
 
@@ -59,6 +63,19 @@ def make_work(settings: dict[str, Any]) -> Any:
     from bicompile.bench.random_model import RandomModel
 
     return RandomModel(system, Shapes(**settings["shapes"]), device, dtype)
+
+
+def make_model(settings: dict[str, Any]) -> Any:
+    """The real or the random model that the settings name."""
+    device, dtype = settings["device"], settings["dtype"]
+    if settings["shapes"] is None:
+        from bicompile import models
+        from bicompile.bench.systems import dtype_named
+
+        return models.load(settings["model"], dtype=dtype_named(dtype), device=device)[0]
+    from bicompile.bench.random_model import build
+
+    return build(Shapes(**settings["shapes"]), device, dtype)
 
 
 def answer(work: Any, request: dict[str, Any]) -> Any:
