@@ -19,7 +19,7 @@ class Verdict(enum.Enum):
     INVARIANT = "invariant"
     """The row law holds."""
     DETERMINISTIC = "deterministic only"
-    """Same inputs, same bits, in every run; but it reduces over the batch."""
+    """Same inputs, same bits, in every run; but it reads the batch, or places in it."""
     ALLOWED = "not guaranteed"
     """Let through by an option."""
     REFUSED = "refused"

@@ -129,12 +129,21 @@ EXACT_FOR_INTEGERS = frozenset(
 
 RANDOM = frozenset(
     """
-    bernoulli bernoulli_ dropout exponential exponential_ geometric inductor_lookup_seed
-    inductor_random inductor_randint inductor_seed inductor_seeds log_normal multinomial
-    native_dropout normal normal_ philox_rand poisson rand rand_like randint randint_like randn
-    randn_like randperm rrelu_with_noise rrelu_with_noise_functional uniform uniform_
+    _standard_gamma bernoulli bernoulli_ binomial cauchy dropout exponential exponential_ geometric
+    inductor_lookup_seed inductor_random inductor_randint inductor_seed inductor_seeds log_normal
+    multinomial native_dropout normal normal_ normal_functional philox_rand poisson rand rand_like
+    randint randint_like randn randn_like randperm rrelu_with_noise rrelu_with_noise_functional
+    uniform uniform_
     """.split()
 )
+
+_DRAWN_AGAIN = {
+    "run_and_save_rng_state": 0,
+    "run_with_rng_state": 1,
+    "graphsafe_run_with_rng_state": 0,
+}
+"""What gradient checkpointing makes of a random op, to draw the same numbers again, and which of
+its arguments the op is."""
 
 _MODULES_OF_SIZE_ARITHMETIC = ("_operator", "operator", "math", "torch", "builtins")
 _REASONS = {
@@ -162,11 +171,16 @@ def audit(gm: GraphModule, *, run) -> None:
         if reason is not None:
             run.decide(node, reason)
             continue
-        random = _name(node) in RANDOM
-        if (run.options.random if random else run.options.unsupported) == "allow":
+        at = _DRAWN_AGAIN.get(_name(node))
+        op = node.target if at is None else node.args[at]
+        if _op_name(op) in RANDOM:
+            if run.options.random == "allow":
+                reason, verdict = _drawn(node)
+                run.decide(node, reason, verdict=verdict)
+            else:
+                run.refuse(node, RandomOp(op=op, line=user_line(node)))
+        elif run.options.unsupported == "allow":
             run.decide(node, "let through by an option", verdict=Verdict.ALLOWED)
-        elif random:
-            run.refuse(node, RandomOp(op=node.target, line=user_line(node)))
         elif run.backward:
             run.refuse(node, UnsupportedGradient(op=node.target, line=user_line(node)))
         else:
@@ -177,6 +191,14 @@ def audit(gm: GraphModule, *, run) -> None:
                 line=user_line(node),
             )
             run.refuse(node, error)
+
+
+def _drawn(node: Node) -> tuple[str, Verdict]:
+    """What is said of a random op that is allowed."""
+    replacement = True in (*node.args[2:3], *node.kwargs.values())
+    if _name(node) == "multinomial" and replacement and value(node).is_cuda:
+        return "PyTorch adds up the chances in no fixed order", Verdict.ALLOWED
+    return "the same numbers for the same seed and shapes, by place", Verdict.DETERMINISTIC
 
 
 def reason_to_stay(node: Node) -> str | None:
@@ -210,7 +232,10 @@ def reason_to_stay(node: Node) -> str | None:
 
 
 def _name(node: Node) -> str:
-    target = node.target
+    return _op_name(node.target)
+
+
+def _op_name(target: object) -> str:
     if isinstance(target, torch._ops.OpOverload):
         name = target._schema.name.split("::")[1]
         # A reducing scatter has an overload of its own.
