@@ -22,6 +22,7 @@ float16. The order of summation is part of the promise.
 |---|---|---|---|---|
 """
 
+ALLOW = 'deterministic only with `options={{"{}": "allow"}}`'
 FUSED = "several ops, joined by the pass `fuse`"
 
 
@@ -44,8 +45,9 @@ def render() -> str:
         text += f"\n- **{kind}**: {reason}. {_names(names)}\n"
     text += f"- **integers**: exact in every order. {_names(EXACT_FOR_INTEGERS)}\n"
     text += "\n## Refused\nEverything else, with the user's line in the error.\n"
-    text += f"\n- **random ops**: {_names(RANDOM)}\n"
-    return text + f"- **statistics over the batch**: {_names(map(str, OVER_THE_BATCH))}\n"
+    text += f"\n- **random ops**, {ALLOW.format('random')}: {_names(RANDOM)}\n"
+    text += f"- **statistics over the batch**, {ALLOW.format('batch_statistics')}: "
+    return text + f"{_names(map(str, OVER_THE_BATCH))}\n"
 
 
 def _names(names: Iterable[str]) -> str:

@@ -98,7 +98,8 @@ class RandomOp(BicompileError):
     what = "{op} draws random numbers by position in the batch, so it cannot be batch-invariant"
     next = (
         "in most models this is dropout: call model.eval(); otherwise draw the numbers outside the "
-        'compiled function, or pass options={{"random": "allow"}}'
+        'compiled function, or pass options={{"random": "allow"}}: '
+        "deterministic for a seed and a shape, but not batch-invariant"
     )
 
 
@@ -109,7 +110,10 @@ class BatchStatistics(BicompileError):
         "{op} takes its statistics over the batch, so a row depends on its neighbours\n"
         "  given: {given}"
     )
-    next = "call model.eval() to normalise by running statistics, or use GroupNorm or LayerNorm"
+    next = (
+        "call model.eval() to normalise by running statistics, use GroupNorm or LayerNorm, or pass "
+        'options={{"batch_statistics": "allow"}}: deterministic, but not batch-invariant'
+    )
 
 
 class GraphBreak(BicompileError):

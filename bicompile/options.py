@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from bicompile.errors import UnknownOption
 
 _POLICIES = ("error", "allow")
+_RELAXED = ("unsupported", "graph_breaks", "random", "batch_statistics")
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,10 @@ class Options:
     Args:
         unsupported: an op without an invariant kernel is an "error", or "allow"ed to run as it is.
         graph_breaks: the same for graph breaks.
-        random: the same for ops that draw random numbers.
+        random: the same for ops that draw random numbers: allowed, they are deterministic for a
+            seed and a shape.
+        batch_statistics: the same for BatchNorm by the statistics of a batch: allowed, it is
+            deterministic.
         schedules: of the GPU kernels: those that this machine's certificate lists ("certified"), or
             one for all sizes ("single"). No bit depends on it where the certificate is right.
         disable: passes left out, by name.
@@ -27,6 +31,7 @@ class Options:
     unsupported: str = "error"
     graph_breaks: str = "error"
     random: str = "error"
+    batch_statistics: str = "error"
     schedules: str = "certified"
     disable: tuple[str, ...] = ()
     fuel: int | None = None
@@ -43,7 +48,7 @@ class Options:
             'allow'
         """
         accepted: dict[str, tuple[str, ...]] = {
-            **dict.fromkeys(("unsupported", "graph_breaks", "random"), _POLICIES),
+            **dict.fromkeys(_RELAXED, _POLICIES),
             "schedules": ("certified", "single"),
             "disable": tuple(passes),
         }

@@ -21,9 +21,10 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from bicompile.errors import BicompileError, UnsupportedDtype
+from bicompile.errors import BatchStatistics, BicompileError, UnsupportedDtype
 from bicompile.graph import Emit, constant, describe_call, user_line, value
-from bicompile.passes.rules import Rule, rule_of
+from bicompile.passes.rules import Rule, over_the_batch, rule_of
+from bicompile.registry import KERNELS, Kernel
 from bicompile.report import Verdict
 
 
@@ -49,6 +50,11 @@ def _is_float(node: Node) -> bool:
 
 
 def _apply(rule: Rule, node: Node, run) -> None:
+    mixes = over_the_batch(node)
+    if mixes and run.options.batch_statistics == "error":
+        error = BatchStatistics(op=node.target, given=describe_call(node), line=user_line(node))
+        run.refuse(node, error)
+        return
     if not _check_dtype(node, rule.target, run) or not run.fuel():
         return
     emit = Emit(node)
@@ -60,9 +66,16 @@ def _apply(rule: Rule, node: Node, run) -> None:
         return
     if new is NotImplemented:
         return
-    verdict = _verdict(emit.called, run)
-    run.decide(node, rule.kernel.order, became=str(rule.kernel.op), verdict=verdict)
+    verdict = Verdict.DETERMINISTIC if mixes else _verdict(emit.called, run)
+    kernel = _kernel(rule, emit.called)
+    run.decide(node, kernel.order, became=str(kernel.op), verdict=verdict)
     emit.take_place(new)
+
+
+def _kernel(rule: Rule, called: list[object]) -> Kernel:
+    """The rule's kernel, or the first of those that were called without it."""
+    found = [kernel for op in called for kernel in KERNELS.values() if kernel.op is op]
+    return rule.kernel if rule.kernel in found or not found else found[0]
 
 
 _NUMBERS = ("number", "Optional[number]", "float")

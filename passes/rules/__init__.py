@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 
 from bicompile.passes.rules import (
+    batch_norm,
     convolution,
     gradients,
     matmul,
@@ -24,12 +25,12 @@ from bicompile.passes.rules import (
     solve,
     sort,
 )
+from bicompile.passes.rules.batch_norm import OVER_THE_BATCH, over_the_batch
 from bicompile.passes.rules.common import KERNELS, Rule
-from bicompile.passes.rules.norm import OVER_THE_BATCH
 
-__all__ = ["OVER_THE_BATCH", "RULES", "Rule", "rule_of"]
+__all__ = ["OVER_THE_BATCH", "RULES", "Rule", "over_the_batch", "rule_of"]
 
-_FAMILIES = (matmul, convolution, reduce, norm, scan, sort, scatter, solve, gradients)
+_FAMILIES = (matmul, convolution, reduce, norm, batch_norm, scan, sort, scatter, solve, gradients)
 
 RULES: Mapping[torch._ops.OpOverload | str, Rule] = {
     overload: Rule(overload, KERNELS[name], bind, *integers)

@@ -37,6 +37,11 @@ def size(emit, x, dim, known):
     return known if isinstance(known, int) else emit(aten.sym_size.int, x, dim)
 
 
+def as_dtype(emit, x, dtype):
+    """x in a dtype."""
+    return x if value(x).dtype is dtype else emit(prims.convert_element_type.default, x, dtype)
+
+
 def fill(emit, x, mask, number):
     """x with a number where the mask is True."""
     like = value(x)

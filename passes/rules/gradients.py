@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from bicompile.errors import BatchStatistics
-from bicompile.graph import describe_call, user_line, value
-from bicompile.passes.rules.common import KERNELS, aten, fill, prims, size
+from bicompile.graph import value
+from bicompile.passes.rules.common import KERNELS, as_dtype, aten, fill, size
 
 
 def _softmax_backward(name):
@@ -24,26 +23,22 @@ def _softmax_backward(name):
 # ------------------------------------------------------------------------------------------ norms
 
 
-def _as(emit, x, dtype):
-    return x if value(x).dtype is dtype else emit(prims.convert_element_type.default, x, dtype)
-
-
 def _sum(emit, x, dim, dtype):
     """The sum of float32 terms over all rows, rounded once."""
     return emit(KERNELS["sum"].op, x, list(dim), False, dtype)
 
 
-def _normalised(emit, input, mean, rstd):
+def normalised(emit, input, mean, rstd):
     """(input - mean) * rstd in float32."""
-    x = _as(emit, input, torch.float32)
+    x = as_dtype(emit, input, torch.float32)
     if mean is not None:
-        x = emit(aten.sub.Tensor, x, _as(emit, mean, torch.float32))
-    return emit(aten.mul.Tensor, x, _as(emit, rstd, torch.float32))
+        x = emit(aten.sub.Tensor, x, as_dtype(emit, mean, torch.float32))
+    return emit(aten.mul.Tensor, x, as_dtype(emit, rstd, torch.float32))
 
 
-def _weight_gradients(emit, grad, normalised, dim, like, wanted):
+def weight_gradients(emit, grad, normalised, dim, like, wanted):
     """Gradients of a weight and a bias; None where they are not wanted."""
-    grad = _as(emit, grad, torch.float32)
+    grad = as_dtype(emit, grad, torch.float32)
     weight = bias = None
     if wanted[0]:
         weight = _sum(emit, emit(aten.mul.Tensor, grad, normalised()), dim, like)
@@ -60,10 +55,10 @@ def _layer_norm_backward(
     if output_mask[0]:
         op = KERNELS["layer_norm_backward"].op
         found = emit(op, grad_out, input, ndim, mean, rstd, weight)
-    return found, *_weight_gradients(
+    return found, *weight_gradients(
         emit,
         grad_out,
-        lambda: _normalised(emit, input, mean, rstd),
+        lambda: normalised(emit, input, mean, rstd),
         range(value(input).dim() - ndim),
         value(input if weight is None else weight).dtype,
         output_mask[1:],
@@ -78,60 +73,22 @@ def _fused_rms_norm_backward(emit, grad_out, input, normalized_shape, rstd, weig
     return found[:2]
 
 
-def _group_norm_backward(emit, grad_out, input, mean, rstd, weight, N, C, HxW, group, output_mask):
+def group_norm_backward(emit, grad_out, input, mean, rstd, weight, N, C, HxW, group, output_mask):
+    """A row op for the input, sums over all samples for the weight and the bias."""
     found = None
     if output_mask[0]:
         op = KERNELS["group_norm_backward"].op
         found = emit(op, grad_out, input, mean, rstd, weight, group)
     grouped = [N, group, -1, HxW]
 
-    def normalised():
+    def in_groups():
         stats = (emit(aten.reshape.default, t, [N, group, 1, 1]) for t in (mean, rstd))
-        return _normalised(emit, emit(aten.reshape.default, input, grouped), *stats)
+        return normalised(emit, emit(aten.reshape.default, input, grouped), *stats)
 
     grad = emit(aten.reshape.default, grad_out, grouped)
     dtype = value(input if weight is None else weight).dtype
-    sums = _weight_gradients(emit, grad, normalised, [0, 3], dtype, output_mask[1:])
+    sums = weight_gradients(emit, grad, in_groups, [0, 3], dtype, output_mask[1:])
     return found, *(None if t is None else emit(aten.reshape.default, t, [-1]) for t in sums)
-
-
-def _batch_norm_backward(
-    emit, grad_out, input, weight, running_mean, running_var, save_mean, save_invstd, train, eps,
-    output_mask,
-):  # fmt: skip
-    """By running statistics a channel is scaled; in training one sample is as in group_norm."""
-    shape = value(input).shape
-    rank = len(shape)
-    per_channel = [1, -1, *[1] * (rank - 2)]
-    if train:
-        if not (isinstance(shape[0], int) and shape[0] == 1):
-            raise BatchStatistics(
-                op=emit.node.target, given=describe_call(emit.node), line=user_line(emit.node)
-            )
-        sizes = [size(emit, input, d, n) for d, n in enumerate(shape)]
-        flat = emit(aten.reshape.default, input, [sizes[0], sizes[1], -1])
-        length = size(emit, flat, 2, value(flat).shape[2])
-        stats = [emit(aten.reshape.default, t, [1, -1]) for t in (save_mean, save_invstd)]
-        return _group_norm_backward(
-            emit, grad_out, input, *stats, weight, *sizes[:2], length, sizes[1], output_mask
-        )
-    variance = emit(aten.add.Tensor, _as(emit, running_var, torch.float32), eps)
-    rstd = emit(aten.reshape.default, emit(aten.rsqrt.default, variance), per_channel)
-    found = None
-    if output_mask[0]:
-        scale = rstd
-        if weight is not None:
-            factor = emit(aten.reshape.default, _as(emit, weight, torch.float32), per_channel)
-            scale = emit(aten.mul.Tensor, rstd, factor)
-        found = emit(aten.mul.Tensor, _as(emit, grad_out, torch.float32), scale)
-        found = _as(emit, found, value(input).dtype)
-
-    def normalised():
-        return _normalised(emit, input, emit(aten.reshape.default, running_mean, per_channel), rstd)
-
-    dtype = value(input if weight is None else weight).dtype
-    others = [d for d in range(rank) if d != 1]
-    return found, *_weight_gradients(emit, grad_out, normalised, others, dtype, output_mask[1:])
 
 
 # -------------------------------------------------------------------------------------- embedding
@@ -167,7 +124,6 @@ RULES = (
     ),
     (aten.native_layer_norm_backward.default, "layer_norm_backward", _layer_norm_backward),
     (aten._fused_rms_norm_backward.default, "layer_norm_backward", _fused_rms_norm_backward),
-    (aten.native_group_norm_backward.default, "group_norm_backward", _group_norm_backward),
-    (aten.native_batch_norm_backward.default, "group_norm_backward", _batch_norm_backward),
+    (aten.native_group_norm_backward.default, "group_norm_backward", group_norm_backward),
     (aten.embedding_dense_backward.default, "index_add", _embedding_dense_backward),
 )

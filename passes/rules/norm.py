@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from bicompile.errors import BatchStatistics
-from bicompile.graph import describe_call, user_line, value
-from bicompile.passes.rules.common import KERNELS, aten, outputs, prims, same_dtype, size
+from bicompile.graph import value
+from bicompile.passes.rules.common import KERNELS, aten, outputs, prims, same_dtype
 
 
 def _softmax(name):
@@ -17,7 +16,7 @@ def _softmax(name):
     return bind
 
 
-def _as_original(emit, outputs):
+def as_original(emit, outputs):
     """Statistics in the dtype that PyTorch gives them on this device."""
     wanted = value(emit.node)
     return tuple(
@@ -31,13 +30,13 @@ def _as_original(emit, outputs):
 def _layer_norm(emit, input, normalized_shape, weight, bias, eps):
     input, weight, bias = same_dtype(emit, input, weight, bias)
     call = emit(KERNELS["layer_norm"].op, input, len(normalized_shape), weight, bias, float(eps))
-    return _as_original(emit, outputs(emit, call, 3))
+    return as_original(emit, outputs(emit, call, 3))
 
 
 def _group_norm(emit, input, weight, bias, N, C, HxW, group, eps):
     input, weight, bias = same_dtype(emit, input, weight, bias)
     call = emit(KERNELS["group_norm"].op, input, weight, bias, group, float(eps))
-    return _as_original(emit, outputs(emit, call, 3))
+    return as_original(emit, outputs(emit, call, 3))
 
 
 def _fused_rms_norm(emit, input, normalized_shape, weight, eps):
@@ -55,41 +54,8 @@ def _fused_rms_norm(emit, input, normalized_shape, weight, eps):
     over = list(range(rank - ndim, rank))
     mean = emit(KERNELS["mean"].op, squares, over, True, torch.float32)
     rstd = emit(aten.rsqrt.default, emit(aten.add.Tensor, mean, eps))
-    return _as_original(emit, (out, rstd))
+    return as_original(emit, (out, rstd))
 
-
-def _batch_norm_without_stats(emit, input, weight, bias, training, momentum, eps):
-    """One sample: each channel is a row of its own; more: the statistics are over the batch.
-
-    InstanceNorm views N samples of C channels as one sample of N * C.
-    """
-    samples, channels = value(input).shape[:2]
-    if not (isinstance(samples, int) and samples == 1):
-        raise BatchStatistics(
-            op=emit.node.target, given=describe_call(emit.node), line=user_line(emit.node)
-        )
-    input, weight, bias = same_dtype(emit, input, weight, bias)
-    groups = size(emit, input, 1, channels)
-    call = emit(KERNELS["group_norm"].op, input, weight, bias, groups, float(eps))
-    out, mean, rstd = outputs(emit, call, 3)
-    flat = [emit(aten.reshape.default, t, [-1]) for t in (mean, rstd)]
-    return _as_original(emit, (out, *flat))
-
-
-def _batch_norm_in_training(emit, *args):
-    raise BatchStatistics(
-        op=emit.node.target, given=describe_call(emit.node), line=user_line(emit.node)
-    )
-
-
-OVER_THE_BATCH = (
-    aten._native_batch_norm_legit.default,
-    aten._native_batch_norm_legit_functional.default,
-    aten.native_batch_norm.default,
-    aten._batch_norm_with_update.default,
-    aten._batch_norm_with_update_functional.default,
-)
-"""Refused: their statistics are over the batch."""
 
 RULES = (
     (aten._softmax.default, "softmax", _softmax("softmax")),
@@ -97,6 +63,4 @@ RULES = (
     (aten.native_layer_norm.default, "layer_norm", _layer_norm),
     (aten.native_group_norm.default, "group_norm", _group_norm),
     (aten._fused_rms_norm.default, "rms_norm", _fused_rms_norm),
-    (aten._native_batch_norm_legit.no_stats, "group_norm", _batch_norm_without_stats),
-    *((op, "group_norm", _batch_norm_in_training) for op in OVER_THE_BATCH),
 )

@@ -198,11 +198,27 @@ MUTANTS = (
     ),
     Mutant(
         "statistics over the batch are computed",
-        "passes/rules/norm.py",
-        "    if not (isinstance(samples, int) and samples == 1):\n",
-        "    if samples == 0:\n",
+        "passes/rules/batch_norm.py",
+        "    return not _is_one(value(node.args[0]).shape[0])\n",
+        "    return False\n",
         "BatchNorm without running statistics reads other rows",
         ("tests/test_errors.py",),
+    ),
+    Mutant(
+        "running statistics keep the variance of the batch",
+        "passes/rules/batch_norm.py",
+        "emit(aten.sub.Tensor, count, 1))",
+        "count)",
+        "running_var is too small",
+        ("tests/test_batch_norm.py",),
+    ),
+    Mutant(
+        "what is drawn again is not seen",
+        "passes/audit.py",
+        "op = node.target if at is None else node.args[at]",
+        "op = node.target",
+        "dropout under gradient checkpointing is refused",
+        ("tests/test_random.py",),
     ),
     # --------------------------------------------------------------- spellings
     Mutant(
