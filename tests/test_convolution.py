@@ -83,6 +83,35 @@ def test_a_transposed_output_is_a_product_of_the_taps_it_meets(stride, dilation)
         assert_same_bits(out[:, :, place], ours.mm(left, right, False), f"output {place}")
 
 
+@each_dtype
+@pytest.mark.parametrize(
+    ("image", "taps", "stride", "padding", "dilation"),
+    [
+        ((7, 9), (3, 3), 1, 1, 1),
+        ((130, 70), (3, 5), 2, 2, 1),  # bands of lines
+        ((6000,), (4,), 1, 3, 1),  # bands of places
+        ((40,), (31,), 1, 15, 1),  # more padding than some bands are long
+        ((9, 20), (7, 7), 3, 9, 2),
+        ((5, 6, 7), (3, 2, 1), 1, 1, 1),
+    ],
+)
+def test_a_depthwise_convolution_is_one_of_each_channel(
+    dtype, image, taps, stride, padding, dilation
+):
+    """Sixteen channels a vector, some channels, or one: no bit changes, nor by memory format."""
+    t, w, b = x(2, 19, *image, dtype=dtype), x(19, 1, *taps, dtype=dtype), x(19, dtype=dtype)
+    t.view(-1)[3::401] = torch.inf
+    how = stride, padding, dilation
+    single = [conv(t[:, i : i + 1], w[i : i + 1], b[i : i + 1], *how) for i in range(19)]
+    wanted = torch.cat(single, 1)
+    assert_same_bits(conv(t, w, b, *how, 19), wanted, "19 channels")
+    last = t.movedim(1, -1).contiguous().movedim(-1, 1)
+    assert_same_bits(conv(last, w, b, *how, 19), wanted, "channels last")
+    assert_same_bits(conv(last[:, :9], w[:9], b[:9], *how, 9), wanted[:, :9], "9 channels")
+    many = w[:5].repeat(1, 19, *[1] * len(taps))
+    assert_same_bits(conv(last, many, None, *how), conv(t, many, None, *how), "one group")
+
+
 def test_modules_become_one_node_each():
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2, padding="valid"),

@@ -1,6 +1,8 @@
 // Convolutions in the order of kernels/convolution: the products of kernels/matmul, whose columns
 // are outputs and are packed from the image where they lie.
 #include "../common/functions.h"
+#include "channels.h"
+#include "depthwise.h"
 #include "direct.h"
 #include "slide.h"
 
@@ -95,8 +97,9 @@ struct Convolution {
     const int64_t K = terms(), n = windows.vectors.size();
     alignas(64) float tile[kVectors * W];
     const auto run = [&]<int NV, bool FULL>(int64_t v) {
-      const int64_t* starts = &windows.vectors[v];
-      Direct<P, L, NV, FULL>{weight, image, at.data(), starts, K, windows.columns}.run(tile);
+      const Neighbours<P, FULL> taps = {weight, image, at.data(), &windows.vectors[v], K,
+                                        windows.columns};
+      Direct<P, L, NV, Neighbours<P, FULL>>{taps, K}.run(tile);
       put(tile, NV, v, 0, 1, to, of_bias);
     };
     int64_t v = 0;
@@ -240,7 +243,6 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::optiona
                    : (image[i] + 2 * p[i] - d[i] * (kernel[i] - 1) - 1) / s[i] + 1;
   Sizes shape = {input.size(0), transposed ? weight.size(1) * groups : weight.size(0)};
   shape.insert(shape.end(), total.end() - (input.dim() - 2), total.end());
-  const Tensor x = torch::stable::contiguous(input), w = torch::stable::contiguous(weight);
   const Tensor out = empty(input, shape);
   if (out.numel() == 0) return out;
   const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : bias;
@@ -248,6 +250,18 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::optiona
   dispatch(input.scalar_type(), [&](auto t) {
     using T = decltype(t);
     using P = std::conditional_t<std::is_same_v<T, bf16>, Pair, Single<T>>;
+    const Tensor w = contiguous<T>(weight);
+    const T* added = b ? data<T>(*b) : nullptr;
+    const auto forward = [&](int a) {
+      return forward_slide(image[a], kernel[a], total[a], s[a], p[a], d[a]);
+    };
+    if (C == 1 && M == 1 && groups >= kFewChannels && !transposed) {
+      const bool last = channels_last(input);
+      const Tensor x = last ? input : torch::stable::contiguous(input);
+      const Depthwise<P> depthwise({forward(0), forward(1), forward(2)}, shape[0], groups, last);
+      return depthwise.run(data<T>(x), data<T>(w), added, mutable_data<T>(out));
+    }
+    const Tensor x = contiguous<T>(input);
     const int64_t all_taps = kernel[0] * kernel[1] * kernel[2];
     const Scratch<T> scratch(transposed ? w.numel() : 0);
     const auto phases = transposed ? s : std::array<int64_t, 3>{1, 1, 1};
@@ -257,10 +271,10 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::optiona
       std::array<Slide, 3> slides;
       for (int a = 0; a < 3; a++)
         slides[a] = transposed ? transposed_slide(image[a], kernel[a], total[a], s[a], p[a], d[a], r[a])
-                               : forward_slide(image[a], kernel[a], total[a], s[a], p[a], d[a]);
+                               : forward(a);
       const Windows windows(slides, kernel, total);
       const T* rows = weight_rows(data<T>(w), windows, all_taps, groups, M, C, transposed, scratch);
-      Convolution<P>{windows, data<T>(x), rows, b ? data<T>(*b) : nullptr, mutable_data<T>(out),
+      Convolution<P>{windows, data<T>(x), rows, added, mutable_data<T>(out),
                      shape[0], groups, M, C, image[0] * image[1] * image[2],
                      total[0] * total[1] * total[2]}.run();
     }

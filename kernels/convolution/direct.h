@@ -1,5 +1,5 @@
-// Few terms, or few outputs a group as in a depthwise convolution: nothing is packed, a vector
-// holds 16 outputs of one lane, and the lanes meet in registers.
+// Few terms, or few outputs a group: nothing is packed, a vector holds 16 outputs of one lane, and
+// the lanes meet in registers.
 #ifndef BICOMPILE_CONVOLUTION_DIRECT_H
 #define BICOMPILE_CONVOLUTION_DIRECT_H
 
@@ -29,13 +29,28 @@ BIC_INLINE i32x16 image_words(const typename P::Element* image, const int64_t* a
   }
 }
 
-// An output channel over NV vectors of outputs, all of them whole if FULL.
-template <class P, int L, int NV, bool FULL>
-struct Direct {
+// What Direct multiplies for vectors of 16 neighbouring outputs of one channel, all whole if FULL.
+template <class P, bool FULL>
+struct Neighbours {
   const Word* weights;  // word 16 s + l is what lane l takes at step s
   const typename P::Element* image;
   const int64_t *at, *starts;
   int64_t K, columns;
+
+  BIC_INLINE auto weight(int64_t s, int64_t lane) const {
+    return P::Panel::broadcast(weights + s * W + lane);
+  }
+  BIC_INLINE auto place(int v, int64_t s, int64_t lane) const {
+    const int64_t count = FULL ? W : std::min(W, columns - starts[v]);
+    return P::Panel::from_words(image_words<P>(image + starts[v], at, s, lane, K, count));
+  }
+};
+
+// NV vectors of outputs. TAPS gives what lane l takes at step s: weight(s, l), place(vector, s, l).
+template <class P, int L, int NV, class TAPS>
+struct Direct {
+  const TAPS& taps;
+  int64_t K;
 
   struct Vectors {
     f32x16 v[NV];
@@ -49,22 +64,14 @@ struct Direct {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) sum.v[v] = zero();
     const auto take = [&](int64_t s) __attribute__((always_inline)) {
-      const auto w = Panel::broadcast(weights + s * W + LANE);
+      const auto w = taps.weight(s, LANE);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) {
-        const int64_t count = FULL ? W : std::min(W, columns - starts[v]);
-        const i32x16 x = image_words<P>(image + starts[v], at, s, LANE, K, count);
-        sum.v[v] = Panel::mac(sum.v[v], w, Panel::from_words(x));
-      }
+      for (int v = 0; v < NV; v++) sum.v[v] = Panel::mac(sum.v[v], w, taps.place(v, s, LANE));
     };
     if constexpr (L < W) {
       if (kFirst < K) take(0);
     } else {
-      const int64_t steps = (K - kFirst + kStep - 1) / kStep;
-      for (int64_t s = 0; s < steps; s++) take(s);
-      if (steps < steps_of<P>(K))  // the lane's last term is 0 * 0
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) sum.v[v] = sum.v[v] + zero();
+      for (int64_t s = 0; kFirst + s * kStep < K; s++) take(s);
     }
     return sum;
   }
@@ -94,6 +101,9 @@ struct Direct {
 
   // To tile[NV][16].
   void run(float* tile) const {
+    // Where the last term of a lane is 0 * 0, as lanes beyond L are: one +0 is added for all of them,
+    // for a sum of zeros is -0 only if each of them is.
+    const bool padded = lanes_of<P>((K - 1) % P::kBlock + 1) < W;
     Vectors sum;
     if constexpr (P::Panel::kFlush) {
       Vectors lanes[L];
@@ -107,7 +117,7 @@ struct Direct {
     }
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++)
-      store_raw(tile + v * W, L < W ? sum.v[v] + zero() : sum.v[v]);
+      store_raw(tile + v * W, padded ? sum.v[v] + zero() : sum.v[v]);
   }
 };
 
