@@ -49,14 +49,15 @@ struct Convolution {
   void put_runs(f32x16 y, const std::vector<Run>& runs, T* to) const {
     const int64_t next = windows.axis[2].next;
     if (next == 1 && runs.size() == 1 && runs[0].count == W) return store(to + runs[0].to, y);
-    float buffer[2 * W] = {};
+    if (next == 1) {
+      for (const Run& run : runs) store_lanes(to + run.to, y, run.column, run.count);
+      return;
+    }
+    float buffer[W];
     store_raw(buffer, y);
     for (const Run& run : runs)
-      if (next == 1)
-        store(to + run.to, load(buffer + run.column), run.count);
-      else
-        for (int64_t i = 0; i < run.count; i++)
-          to[run.to + i * next] = from_float<T>(buffer[run.column + i]);
+      for (int64_t i = 0; i < run.count; i++)
+        to[run.to + i * next] = from_float<T>(buffer[run.column + i]);
   }
 
   // ---- few rows or terms: tasks are (image and group, row)
@@ -164,15 +165,18 @@ struct Convolution {
   void pack_panel(const T* image, int64_t v, int64_t nv, Word* to) const {
     const int64_t K = terms(), steps = steps_of<P>(K), width = nv * W;
     const int64_t stride = pair_stride(steps, width);
-    for (int64_t s = 0; s < steps; s++)
-      for (int i = 0; i < W; i++) {
-        Word* row = to + i / 2 * stride + (2 * s + i % 2) * width;
-        for (int64_t j = 0; j < nv; j++) {
-          const int64_t n = windows.vectors[v + j], count = std::min(W, windows.columns - n);
-          const i32x16 x = image_words<P>(image + n, at.data(), s, kLaneOrder[i], K, count);
-          store_words(row + j * W, x);
-        }
-      }
+    for (int64_t j = 0; j < nv; j++, to += W) {
+      const int64_t n = windows.vectors[v + j], count = std::min(W, windows.columns - n);
+      const auto pack = [&](int64_t columns) __attribute__((always_inline)) {
+        for (int64_t s = 0; s < steps; s++)
+#pragma GCC unroll 16
+          for (int i = 0; i < W; i++) {
+            const i32x16 x = image_words<P>(image + n, at.data(), s, kLaneOrder[i], K, columns);
+            store_words(to + i / 2 * stride + (2 * s + i % 2) * width, x);
+          }
+      };
+      count == W ? pack(W) : pack(count);
+    }
   }
   void panel_rows(const Word* a, const Word* panel, int64_t m, int64_t m1, int64_t v, int64_t nv,
                   T* to, const T* of_bias) const {

@@ -63,6 +63,24 @@ struct Run {
   int64_t column, count, to;
 };
 
+// Lanes [column, column + count) of v to p.
+template <class T>
+BIC_INLINE void store_lanes(T* p, f32x16 v, int64_t column, int64_t count) {
+#if defined(__AVX512F__)
+  const __mmask16 lanes = (__mmask16)(first_bits(count) << column);
+  if constexpr (std::is_same_v<T, float>) {
+    v = select(v == v, v, as_float(splat_int(0x7fc00000)));
+    _mm512_mask_storeu_ps(p - column, lanes, (__m512)v);
+  } else {
+    _mm256_mask_storeu_epi16(p - column, lanes, narrow(v, T{}));
+  }
+#else
+  T buffer[W];
+  store(buffer, v);
+  std::memcpy((void*)p, buffer + column, count * sizeof(T));
+#endif
+}
+
 // Three axes, the image of a channel as [classes][z][y][x], and the vectors that cover all outputs.
 // Column n of a vector is n elements on in memory, whatever row it lies in; a vector that ends one
 // row and begins the next holds elements that are no output, and only those in `runs` are stored.
