@@ -17,7 +17,8 @@ class Case:
 
     A group is a name and its sizes: `decode 1024` (of a model: after 1024 tokens),
     `prefill 2048`, `training 4096` (tokens of a row), `mm KxN`, `rms_norm K`, attention
-    (`decode`, `prefill`, `attention_backward`) `HxHkvxSxD`.
+    (`decode`, `prefill`, `attention_backward`) `HxHkvxSxD`; convolutions over I by I places with
+    W by W taps: `conv2d CxNxIxW`, `depthwise CxIxW`.
     """
 
     group: str
@@ -137,6 +138,9 @@ SMALL = Suite(
             "rms_norm 576": (1, 128),
             "layer_norm 576": (1, 128),
             "softmax 2048": (1, 128),
+            "conv2d 64x64x56x3": (1, 4),
+            "depthwise 384x14x3": (1, 4),
+            "depthwise 96x56x7": (1, 4),
         }
     ),
     training=cases({"training 64": (2, 4)}),
@@ -154,6 +158,7 @@ def layers(
     sequences: Sequences | None,
     calls: Mapping[str, int],
     limits: tuple[int, int],
+    convolutions: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> Suite:
     """A suite of a random model's layers and of its ops.
 
@@ -167,6 +172,7 @@ def layers(
         sequences: the requests to serve.
         calls: see `Suite.calls`.
         limits: see `Suite.limits`.
+        convolutions: groups, which follow from no size of the model -> batch sizes.
     """
     heads = f"{shapes.heads}x{shapes.kv_heads}"
     matmuls = [*shapes.matmuls.values(), (shapes.hidden, shapes.vocabulary)]
@@ -185,6 +191,7 @@ def layers(
         f"softmax {shapes.hidden}": few,
         f"softmax {shapes.vocabulary}": next(iter(decode.values())),
         f"log_softmax {shapes.vocabulary}": next(iter(decode.values())),
+        **convolutions,
     }
     return Suite(
         name=name,
@@ -209,9 +216,17 @@ def _second_batch(groups: Mapping[str, Sequence[int]]) -> dict[str, int]:
     return {g: 2 if b[0] == 1 else 1 for g, b in groups.items() if len(b) == 1}
 
 
+_CONVOLUTIONS = {
+    "conv2d 64x64x56x3": (1, 32),
+    "conv2d 512x512x14x3": (1, 32),
+    "conv2d 1024x256x14x1": (1, 32),
+    "depthwise 384x14x3": (1, 32),
+    "depthwise 96x56x7": (1, 32),
+}
 QWEN3 = layers(
     "qwen3-8b",
     Shapes(),
+    convolutions=_CONVOLUTIONS,
     decode={1024: (1, 8, 32, 128), 8192: (8,)},
     prefill={2048: (1,), 1024: (8,), 16384: (1,)},
     training={4096: (1,), 2048: (4,)},
@@ -223,6 +238,7 @@ QWEN3 = layers(
 QWEN3_QUICK = layers(
     "qwen3-8b, quick",
     Shapes(layers=2),
+    convolutions=_CONVOLUTIONS,
     decode={1024: (1, 32)},
     prefill={2048: (1,)},
     training={2048: (1,)},
@@ -275,6 +291,7 @@ class System:
 
 
 _ATTENTION = ("decode", "prefill", "attention_backward")
+_CONVOLUTION = ("conv2d", "depthwise")
 _ROWWISE = ("rms_norm", "layer_norm", "softmax", "log_softmax")
 SYSTEMS: Mapping[tuple[str, str], tuple[System, ...]] = {
     ("cpu", "model"): (System("inductor", "inductor"), System(OURS, "bicompile")),
@@ -295,6 +312,7 @@ SYSTEMS: Mapping[tuple[str, str], tuple[System, ...]] = {
     ),
     ("cuda", "ops"): (
         System("cublas", "eager", ops=("mm",)),
+        System("eager", "eager", ops=_CONVOLUTION),
         System("flash", "FLASH_ATTENTION", ops=_ATTENTION),
         System("cudnn", "CUDNN_ATTENTION", ops=_ATTENTION),
         System("inductor", "inductor", dynamic=False, ops=_ROWWISE),

@@ -148,6 +148,14 @@ def _log_softmax(x: torch.Tensor) -> torch.Tensor:
     return x.log_softmax(-1)
 
 
+def _conv2d(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return functional.conv2d(x, weight, padding="same")
+
+
+def _depthwise(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return functional.conv2d(x, weight, padding="same", groups=weight.shape[0])
+
+
 OPS: Mapping[str, Any] = {
     "mm": _mm,
     "decode": _decode,
@@ -157,6 +165,8 @@ OPS: Mapping[str, Any] = {
     "layer_norm": _layer_norm,
     "softmax": _softmax,
     "log_softmax": _log_softmax,
+    "conv2d": _conv2d,
+    "depthwise": _depthwise,
 }
 
 
@@ -179,4 +189,6 @@ INPUTS: Mapping[str, Callable[..., tuple[Inputs, Inputs]]] = {
     "layer_norm": lambda make, k: ([make.batch(k)], [make.one(k)]),
     "softmax": lambda make, k: ([make.batch(k)], []),
     "log_softmax": lambda make, k: ([make.batch(k)], []),
+    "conv2d": lambda make, c, n, i, w: ([make.batch(c, i, i)], [make.one(n, c, w, w)]),
+    "depthwise": lambda make, c, i, w: ([make.batch(c, i, i)], [make.one(c, 1, w, w)]),
 }
