@@ -126,6 +126,14 @@ MUTANTS = (
         ("tests/test_convolution.py", "tests/test_kernels.py", "-k", "convolution"),
     ),
     Mutant(
+        "a band of an image lacks its last line",
+        "kernels/convolution/depthwise.h",
+        "const int64_t end = std::clamp(size - low, begin, rows);",
+        "const int64_t end = std::clamp(size - low, begin, rows - (low > 0 && rows > begin));",
+        "windows at the end of a band read zeros",
+        ("tests/test_convolution.py", "-k", "depthwise"),
+    ),
+    Mutant(
         "a few rows are scanned in single precision",
         "kernels/scan/cpu.cpp",
         "to[k * y.step] = from_float<T>((float)op.step(to_float(from[k * x.step])));",
