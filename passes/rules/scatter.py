@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from operator import sub
+from functools import reduce
+from operator import mul
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -60,7 +61,7 @@ def _is_zeros(x):
 
 
 def _scatter_add(emit, self, dim, index, src):
-    """Where the index may have fewer rows than what is added to zeros, the others stay zeros."""
+    """Where the index may have fewer rows than what is added to, the others stay as they are."""
     rank = value(self).dim()
     if rank == 0:
         return NotImplemented
@@ -72,18 +73,23 @@ def _scatter_add(emit, self, dim, index, src):
         if not statically_known_true(used == given):  # of a larger source, the first are added
             src = emit(aten.slice.Tensor, src, d, 0, size(emit, index, d, used))
     fewer = [
-        d != dim and not statically_known_true(have == want)
+        d
         for d, (have, want) in enumerate(zip(shape, places, strict=True))
+        if d != dim and not statically_known_true(have == want)
     ]
-    if not any(fewer) or not _is_zeros(self):
-        return _in_all_rows(emit, self, dim, index, src)
-    sizes = [size(emit, self, d, n) for d, n in enumerate(shape)]
-    used = [size(emit, index, d, n) if fewer[d] else sizes[d] for d, n in enumerate(places)]
-    out = _in_all_rows(emit, emit(aten.full.default, used, 0, **self.kwargs), dim, index, src)
+    parts = [self]
+    for d in fewer:
+        used = size(emit, index, d, places[d])
+        parts.append(emit(aten.slice.Tensor, parts[-1], d, 0, used))
+    if fewer and _is_zeros(self):
+        used = [size(emit, parts[-1], d, n) for d, n in enumerate(value(parts[-1]).shape)]
+        parts[-1] = emit(aten.full.default, used, 0, **self.kwargs)
+    out = _in_all_rows(emit, parts[-1], dim, index, src)
     if out is NotImplemented:
         return out
-    behind = [emit(sub, sizes[d], used[d]) if fewer[d] else 0 for d in reversed(range(rank))]
-    return emit(aten.constant_pad_nd.default, out, [n for b in behind for n in (0, b)], 0.0)
+    for d, whole in zip(reversed(fewer), reversed(parts[:-1]), strict=True):
+        out = emit(aten.slice_scatter.default, whole, out, d, 0, size(emit, index, d, places[d]))
+    return out
 
 
 def _in_all_rows(emit, self, dim, index, src):
@@ -128,18 +134,53 @@ def _scatter_reduce(emit, self, dim, index, src, reduce, include_self=True):
 
 
 def _index_put(emit, self, indices, values, accumulate=False, unsafe=False):
-    """With one index, of the first axis."""
-    index = indices[0] if len(indices) == 1 else None
-    if not accumulate or index is None or value(index).dtype is torch.bool:
+    """The places of several indices are numbered as those of one axis."""
+    given = {d: i for d, i in enumerate(indices) if i is not None}
+    if not (accumulate and given) or any(value(i).dtype is torch.bool for i in given.values()):
         return NotImplemented
+    rank, axes = value(self).dim(), list(given)
+    lengths = [size(emit, self, d, n) for d, n in enumerate(value(self).shape)]
+    others = [d for d in range(rank) if d not in given]
+    index = _numbered(emit, given, lengths)
     places = [size(emit, index, d, n) for d, n in enumerate(value(index).shape)]
-    rest = [size(emit, self, d, n) for d, n in enumerate(value(self).shape) if d]
-    length = size(emit, self, 0, value(self).shape[0])
-    values = emit(aten.expand.default, values, [*places, *rest])
-    values = emit(aten.reshape.default, values, [-1, *rest])
-    wrapped = emit(aten.add.Tensor, index, length)
-    index = emit(aten.where.self, emit(aten.lt.Scalar, index, 0), wrapped, index)
-    return _on_rows(emit, self, emit(aten.reshape.default, index, [-1]), values)
+    # Where the axes of the places stand: in front, if those of the indices are not side by side.
+    ahead = axes[0] if axes[-1] - axes[0] == len(axes) - 1 else 0
+    rest = [lengths[d] for d in others]
+    values = emit(aten.expand.default, values, [*rest[:ahead], *places, *rest[ahead:]])
+    behind = ahead + len(places)
+    order = [*range(ahead, behind), *range(ahead), *range(behind, len(places) + len(rest))]
+    values = emit(aten.permute.default, values, order)
+    values = emit(aten.reshape.default, values, [_product(emit, places), *rest])
+    order = [*axes, *others]
+    rows = emit(aten.permute.default, self, order)
+    rows = emit(aten.reshape.default, rows, [_product(emit, [lengths[d] for d in axes]), *rest])
+    out = _on_rows(emit, rows, emit(aten.reshape.default, index, [-1]), values)
+    out = emit(aten.reshape.default, out, [lengths[d] for d in order])
+    return emit(aten.permute.default, out, [order.index(d) for d in range(rank)])
+
+
+def _product(emit, sizes):
+    """Of numbers and nodes."""
+    known = all(isinstance(n, int) for n in sizes)
+    return math.prod(sizes) if known else reduce(lambda a, b: emit(mul, a, b), sizes)
+
+
+def _numbered(emit, given, lengths):
+    """One index of the elements of several axes, where they lie in the order of the axes."""
+    index = outside = None
+    for dim, places in given.items():
+        wrapped = emit(aten.add.Tensor, places, lengths[dim])
+        places = emit(aten.where.self, emit(aten.lt.Scalar, places, 0), wrapped, places)
+        if len(given) == 1:
+            return places
+        below, above = emit(aten.lt.Scalar, places, 0), emit(aten.ge.Scalar, places, lengths[dim])
+        wrong = emit(aten.logical_or.default, below, above)
+        outside = wrong if outside is None else emit(aten.logical_or.default, outside, wrong)
+        if index is not None:
+            places = emit(aten.add.Tensor, emit(aten.mul.Tensor, index, lengths[dim]), places)
+        index = places
+    # A place outside its axis must not become one of the next row: it is an error.
+    return fill(emit, index, outside, -1)
 
 
 RULES = (
