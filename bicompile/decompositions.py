@@ -83,11 +83,32 @@ def cdist(x1: Tensor, x2: Tensor, p: float, compute_mode: int | None) -> Tensor:
     return norms
 
 
+def cross(x: Tensor, other: Tensor, *, dim: int = -1) -> Tensor:
+    """`torch.linalg.cross`; products of float32 are exact in float64, and rounded once."""
+    exact = torch.float64 if x.dtype is torch.float32 else torch.float32
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return NotImplemented  # type: ignore[no-any-return]
+    a, b = torch.broadcast_tensors(x.to(exact), other.to(exact))
+    after, behind = ((t.roll(-1, dim), t.roll(-2, dim)) for t in (a, b))
+    product: Tensor = after[0] * behind[1] - after[1] * behind[0]
+    return product.to(x.dtype)
+
+
 def pdist(x: Tensor, p: float = 2) -> Tensor:
     """Norms of the differences of all pairs of rows."""
     rows, others = torch.triu_indices(len(x), len(x), 1, device=x.device)
     norms: Tensor = torch.linalg.vector_norm(x[rows] - x[others], p, dim=-1)
     return norms
+
+
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight by its direction and length, and its norm, which stays in float32 for bfloat16."""
+    others = [d for d in range(v.dim()) if d != dim]
+    dtype, v = v.dtype, wide(v)
+    norm = torch.linalg.vector_norm(v, 2, others, keepdim=True)
+    weight: Tensor = v * (wide(g) / norm)
+    kept = torch.float32 if g.dtype is torch.bfloat16 else g.dtype
+    return weight.to(dtype), norm.to(kept)
 
 
 def nanmedian(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
@@ -131,6 +152,8 @@ TABLE: Mapping[torch._ops.OpOverload, Callable[..., Any]] = {
     aten._trilinear.default: trilinear,
     aten._cdist_forward.default: cdist,
     aten._pdist_forward.default: pdist,
+    aten.linalg_cross.default: cross,
+    aten._weight_norm_interface.default: weight_norm,
     aten.nanmedian.dim: nanmedian,
     aten.nanmedian.default: nanmedian_of_all,
     aten.mode.default: mode,

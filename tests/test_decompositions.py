@@ -41,12 +41,17 @@ ROWS = {
     "nanmedian, keepdim": lambda t: t.where(t > -1, torch.nan).nanmedian(1, keepdim=True),
     "mode": lambda t: (t * 2).round().mode(-1)[0],
     "mode, keepdim": lambda t: (t * 2).round().mode(1, keepdim=True)[0],
+    "cross": lambda t: torch.linalg.cross(t[..., :3], t[..., 3:6]),
+    "cross of columns": lambda t: torch.linalg.cross(t[:, :3], t[:, 3:6], dim=1),
     "scatter_add": lambda t: t.scatter_add(1, t.argmax(1, keepdim=True), t),
 }
 WEIGHT = x(5, 17, 17)
 BILINEAR = {"bilinear": lambda t: F.bilinear(t, t.flip(-1), WEIGHT.to(t.dtype))}
 EVERY = {**IMAGES, **MAXIMA, **ROWS, **BILINEAR}
 ALL_ROWS = {
+    "weight_norm": lambda t: torch._weight_norm(
+        t.unflatten(1, [-1, 17]).flatten(0, 1), t[:, :13].reshape(-1, 1)
+    ),
     "pdist": lambda t: F.pdist(t),
     "nanmedian of all": lambda t: t.where(t > -1, torch.nan).nanmedian(),
 }
