@@ -104,7 +104,8 @@ def _verdict(called: list[object], run) -> Verdict:
 
 def _check_dtype(node: Node, op: object, run) -> bool:
     """Whether the node computes in a dtype that the kernels have; otherwise it is refused."""
-    tensors = [a for a in map(value, node.all_input_nodes) if isinstance(a, torch.Tensor)]
+    values = map(value, (*node.all_input_nodes, node))  # of a sum, dtype= may name another
+    tensors = [a for a in values if isinstance(a, torch.Tensor)]
     dtypes = {t.dtype for t in tensors if t.dtype.is_floating_point or t.dtype.is_complex}
     accepted = (torch.float32, torch.bfloat16, torch.float16)
     for dtype in dtypes - set(accepted):

@@ -52,6 +52,12 @@ def test_unsupported_dtype(dtype):
     assert "lambda x: x @ x.mT" in text
 
 
+def test_a_sum_in_float64():
+    """Of float32: the dtype of the result is refused where the graph is compiled."""
+    with pytest.raises(errors.UnsupportedDtype, match="float64"):
+        run(lambda x: x.sum(-1, dtype=torch.float64), X)
+
+
 def test_unsupported_dtype_in_attention():
     q = torch.randn(1, 2, 4, 8, dtype=torch.float64)
     with pytest.raises(errors.UnsupportedDtype, match="float64"):
