@@ -226,11 +226,31 @@ def flex_attention(*args: Any) -> Any:
     return _FLEX(*args) if found is None else (found,)
 
 
+def _by_parts(op: Any) -> Callable[..., Any]:
+    """An op opened before gradients are recorded, so that these are the gradients of its parts."""
+
+    def opened(*args: Any, **kwargs: Any) -> Any:
+        return decomposition_table()[op](*args, **kwargs)
+
+    return opened
+
+
+_PARTS = (
+    aten._cdist_forward.default,
+    aten._pdist_forward.default,
+    aten._weight_norm_interface.default,
+    aten.grid_sampler_2d.default,
+    aten.replication_pad1d.default,
+    aten.replication_pad2d.default,
+    aten.replication_pad3d.default,
+)
+
 _WHOLE: dict[Any, Callable[..., Any]] = {
     _SDPA: attention,
     aten.linear.default: linear,
     aten.linalg_multi_dot.default: multi_dot,
     aten.logcumsumexp.default: logcumsumexp,
+    **{op: _by_parts(op) for op in _PARTS},
 }
 
 # --------------------------------------------------------------------------- decomposition table
