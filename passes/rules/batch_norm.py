@@ -163,14 +163,15 @@ def _backward(
         return group_norm_backward(
             emit, grad_out, input, *stats, weight, *sizes[:2], length, sizes[1], output_mask
         )
-    variance = emit(aten.add.Tensor, as_dtype(emit, running_var, torch.float32), eps)
-    rstd = _along_channels(emit, emit(aten.rsqrt.default, variance), input)
+    variance = emit(aten.add.Tensor, as_dtype(emit, running_var, torch.float64), eps)
+    exact = _along_channels(emit, emit(aten.rsqrt.default, variance), input)
+    rstd = as_dtype(emit, exact, torch.float32)
     found = None
     if output_mask[0]:
-        scale = rstd
+        scale = exact
         if weight is not None:
-            factor = _along_channels(emit, as_dtype(emit, weight, torch.float32), input)
-            scale = emit(aten.mul.Tensor, rstd, factor)
+            scale = emit(aten.mul.Tensor, exact, _of_channels(emit, weight, input))
+        scale = as_dtype(emit, scale, torch.float32)
         found = emit(aten.mul.Tensor, as_dtype(emit, grad_out, torch.float32), scale)
         found = as_dtype(emit, found, value(input).dtype)
 
