@@ -174,3 +174,37 @@ def test_no_places():
     t, index = x(3, 4), torch.zeros(3, 0, dtype=torch.int64)
     _, _, result, expected = rewrite(lambda a, b: function(a, index=b, src=a), t, index)
     testing.assert_same_bits(result, expected, "no places")
+
+
+put = functools.partial(torch.ops.aten.index_put, accumulate=True)
+PUTS = {
+    "side by side": lambda t, i, s: put(t, [i, i - 2], s[:, :, None].expand(-1, -1, 5)),
+    "in the middle": lambda t, i, s: put(t, [None, i[:, :1], i], s),
+    "apart": lambda t, i, s: put(t, [i, None, i[0]], s[..., None]),
+    "the last axis": lambda t, i, s: put(t, [None, None, i], s),
+    "no place": lambda t, i, s: put(t, [i[:0], i[:0]], s[:0, :, None]),
+}
+
+
+@pytest.mark.parametrize("name", PUTS)
+def test_places_of_several_axes(name):
+    t, index, source = x(6, 6, 5), torch.tensor([[3, 1, 0], [2, 3, 1]]), x(2, 3) * 10
+    _, _, result, expected = rewrite(PUTS[name], t, index, source)
+    torch.testing.assert_close(result, expected)
+
+
+def test_a_place_behind_an_axis_is_none_of_the_next_row():
+    run = rows_known(lambda t, i: put(t, [i, i], t[0]))
+    assert run(torch.ones(2, 3), torch.tensor([0, 1, -1])).sum() == 9
+    for outside in (2, -3):
+        with pytest.raises(RuntimeError, match="out of range"):
+            run(torch.ones(2, 3), torch.tensor([0, 1, outside]))
+
+
+def test_what_is_not_reached_stays():
+    """The index may have fewer rows than what is added to."""
+    t, index, source = x(6, 5, 4), torch.tensor([0, 3, 3, 4] * 15).view(4, 5, 3), x(5, 5, 4)
+    _, _, result, expected = rewrite(lambda t, i, s: t.scatter_add(1, i, s), t, index, source)
+    torch.testing.assert_close(result, expected)
+    testing.assert_same_bits(result[4:], t[4:], "rows")
+    testing.assert_same_bits(result[..., 3:], t[..., 3:], "columns")
