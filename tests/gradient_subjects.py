@@ -387,13 +387,4 @@ SUBJECTS = {
     "glu": Subject("->", lambda x: F.glu(F.gelu(x), -1), LINE),
     "prelu": Subject("-> sum", F.prelu, LINE, ((5,),)),
     "cross": Subject("->", lambda x, y: torch.linalg.cross(x, y), ((5, 3), (5, 3))),
-    "lstm": Subject(
-        "addmm -> mm sum",
-        lambda x, a, b, c, d: torch.lstm(
-            x, (x.new_zeros(1, x.shape[0], 8),) * 2, (a, b, c, d), True, 1, 0.0, False, False, True
-        )[0],
-        ((3, 12),),
-        ((32, 12), (32, 8), (32,), (32,)),
-        half=False,
-    ),
 }

@@ -6,6 +6,7 @@ from .mutant import Mutant
 
 AUDIT = ("tests/test_audit.py",)
 RULES = ("tests/test_rules.py",)
+EVERY_GRADIENT = ("tests/test_gradients.py", "-k")
 GRADIENTS = ("tests/test_convolution_gradients.py", "-k", "not modules")
 
 MUTANTS = (
@@ -139,6 +140,46 @@ MUTANTS = (
         "image.scatter(-1, places, grad)",
         "of the gradients that meet in an element one is kept",
         ("tests/test_pooling_gradients.py", "-k", "max_pool2d"),
+    ),
+    Mutant(
+        "several indices: a place counts one axis too short",
+        "passes/rules/scatter.py",
+        "emit(aten.add.Tensor, emit(aten.mul.Tensor, index, lengths[dim]), places)",
+        "emit(aten.add.Tensor, emit(aten.mul.Tensor, index, lengths[dim] - 1), places)",
+        "gradients of interpolated images lie elsewhere",
+        (*EVERY_GRADIENT, "test_laws[interpolate"),
+    ),
+    Mutant(
+        "several indices: a place outside its axis is one of the next row",
+        "passes/rules/scatter.py",
+        "return fill(emit, index, outside, -1)",
+        "return index",
+        "an index that is wrong writes somewhere",
+        ("tests/test_scatter.py", "-k", "behind"),
+    ),
+    Mutant(
+        "a scale is rounded with each step",
+        "passes/rules/gradients.py",
+        "_as(emit, running_var, torch.float64)",
+        "_as(emit, running_var, torch.float32)",
+        "gradients through running statistics have a larger error than PyTorch's",
+        (*EVERY_GRADIENT, "test_laws[batch_norm"),
+    ),
+    Mutant(
+        "the gradient of padding has no parts",
+        "bicompile/capture.py",
+        "    aten.replication_pad2d.default,\n",
+        "",
+        "a gradient that holds is refused",
+        (*EVERY_GRADIENT, "test_laws[pad", "-m", "soak"),
+    ),
+    Mutant(
+        "rows that a scatter does not reach are lost",
+        "passes/rules/scatter.py",
+        "emit(aten.slice_scatter.default, whole, out, d, 0,",
+        "emit(aten.slice_scatter.default, emit(aten.neg.default, whole), out, d, 0,",
+        "what is added to stays as it is only where something is added",
+        ("tests/test_scatter.py", "-k", "stays"),
     ),
     Mutant(
         "the last part of a run goes on into the next",
