@@ -159,9 +159,9 @@ MUTANTS = (
     ),
     Mutant(
         "a scale is rounded with each step",
-        "passes/rules/gradients.py",
-        "_as(emit, running_var, torch.float64)",
-        "_as(emit, running_var, torch.float32)",
+        "passes/rules/batch_norm.py",
+        "as_dtype(emit, running_var, torch.float64), eps",
+        "as_dtype(emit, running_var, torch.float32), eps",
         "gradients through running statistics have a larger error than PyTorch's",
         (*EVERY_GRADIENT, "test_laws[batch_norm"),
     ),
