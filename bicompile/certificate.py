@@ -255,10 +255,11 @@ def random_schedules(seed: int = 0) -> Iterator[None]:
 def choose(
     family: str, bit_class: str, wanted: S, single: S, among: Callable[[], Sequence[S]]
 ) -> S:
-    """The schedule of a launch: `wanted` if this machine's certificate lists it, else `single`.
+    """The schedule of a launch: `wanted`, else the last before it that the certificate lists.
 
-    Both give the same bits where the certificate is right; `single` gives them without one.
-    `among` gives all schedules that could serve, for `random_schedules`.
+    One of a table may not run on a machine with less memory, or be new.  Where the certificate
+    lists none of them it is `single`, which needs no certificate; all give the same bits.
+    `among` gives all schedules that could serve, in the order of their table.
 
     Raises:
         DamagedCertificate: the certificate is not as it was written.
@@ -268,7 +269,11 @@ def choose(
         return draw.choice(among())
     if wanted == single or getattr(_state, "single", False):
         return single
-    return wanted if permits(family, bit_class, wanted) else single
+    if permits(family, bit_class, wanted):
+        return wanted
+    known = among()
+    before = known[: known.index(wanted)] if wanted in known else ()
+    return next((s for s in reversed(before) if permits(family, bit_class, s)), single)
 
 
 def permits(family: str, bit_class: str, schedule: object) -> bool:

@@ -154,6 +154,7 @@ def test_who_races_on_a_gpu():
     assert [row.what for row in rows] == [c.name for c in course.suite.ops if c.timed]
     kinds = ("decode", "prefill", "attention_backward")
     rivals = {"mm": {"cublas"}} | {kind: {"flash", "cudnn"} for kind in kinds}
+    rivals |= {kind: {"eager"} for kind in ("conv2d", "depthwise")}
     for row in rows:
         assert set(row.figures) - {OURS} == rivals.get(row.case.kind, {"inductor"})
         assert OURS in row.figures

@@ -68,13 +68,24 @@ def test_what_is_listed_is_used_and_nothing_else(h100, recwarn):
     assert not recwarn.list
 
 
+def test_the_last_before_it_serves_for_what_is_not_listed(h100):
+    make().write(h100)
+    beyond = dataclasses.replace(UNLISTED, stages=UNLISTED.stages + 1)
+    for table, expected in (
+        ((SINGLE, LISTED, UNLISTED), LISTED),
+        ((SINGLE, LISTED, beyond, UNLISTED), LISTED),
+        ((LISTED, SINGLE, UNLISTED), SINGLE),
+        ((beyond, UNLISTED, LISTED), SINGLE),
+    ):
+        assert choose("matmul", "half", UNLISTED, SINGLE, lambda t=table: t) == expected
+
+
 @pytest.mark.filterwarnings("ignore:no certificate covers")
 def test_tables_ask_the_certificate(h100):
     few, many = (("half", "9.0", rows, 4096, 4096, True) for rows in (1, 1_000_000))
     assert chosen() == matmul.schedule(*many) == SINGLE
     make().write(h100)
-    assert matmul.schedule(*few) == LISTED
-    assert matmul.schedule(*many) == SINGLE
+    assert matmul.schedule(*few) == matmul.schedule(*many) == LISTED
     assert rows.schedule("reduce", 1_000_000, 50, 64) == rows.TABLE[1].single
     assert attention.schedule(2, 128, 1, "9.0") == attention.SINGLE[2, 128]
     assert attention.splits(1, 8, 1024) is False

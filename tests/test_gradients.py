@@ -193,8 +193,11 @@ def test_another_process(names):
 
 # ------------------------------------------------------------------------- none may be forgotten
 
-ON_A_GPU = {"_fused_rms_norm_backward", "rms_norm"}
-"""Of ops that PyTorch opens on a CPU: tests/test_rules.py."""
+ON_A_GPU = {
+    *("_fused_rms_norm_backward", "rms_norm"),
+    *("_thnn_fused_lstm_cell_backward_impl", "_thnn_fused_gru_cell_backward"),
+}
+"""Of ops that PyTorch opens on a CPU: tests/test_rules.py and tests/test_recurrent.py."""
 INFERENCE = {"log_softmax_gather", "qk_norm_rope", "swiglu"}
 """Fused where no gradient needs what lies between the ops."""
 
@@ -266,7 +269,7 @@ def test_sums_of_rounded_terms_are_caught(monkeypatch):
 
 def test_another_function_is_caught(monkeypatch):
     """The gradient of a weight without the mean."""
-    found = gradients._normalised
-    monkeypatch.setattr(gradients, "_normalised", lambda e, x, mean, rstd: found(e, x, None, rstd))
+    found = gradients.normalised
+    monkeypatch.setattr(gradients, "normalised", lambda e, x, mean, rstd: found(e, x, None, rstd))
     with pytest.raises(AssertionError):
         check_errors(Gradients(SUBJECTS["layer_norm"]))
