@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
 
 import pytest
@@ -72,9 +73,15 @@ def error(found, true):
     return (found.double() - true.double()).square().mean().sqrt().item()
 
 
+QUICK = {("1d of sequences", "float32"), ("2d", "mixed")}
+CASES = [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.soak)
+    for case in itertools.product(NORMS, DTYPES)
+]
+
+
 @each_device
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize(("name", "dtypes"), CASES)
 def test_errors_are_no_worse_than_pytorchs(name, dtypes, device):
     ours, eager = {}, {}
     for seed in range(4):
@@ -93,7 +100,13 @@ def test_errors_are_no_worse_than_pytorchs(name, dtypes, device):
 
 
 @each_device
-@pytest.mark.parametrize("name", ["1d", "2d", "without running statistics"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "2d",
+        *(pytest.param(n, marks=pytest.mark.soak) for n in ("1d", "without running statistics")),
+    ],
+)
 def test_is_deterministic(name, device):
     called = Called(name, device=device)
     expected = called.found()

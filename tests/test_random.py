@@ -96,6 +96,7 @@ def test_static_and_dynamic_graphs_agree():
     assert_same_draws(drawn(names=FEW, dynamic=True), expected, "dynamic shapes")
 
 
+@pytest.mark.soak
 def test_another_process():
     program = (
         "import test_random as t; t.torch.set_num_threads(2);print(t.digest(t.drawn(names=t.FEW)))"
