@@ -121,7 +121,7 @@ ALLOWED: dict[str, tuple[str, frozenset[str]]] = {
 
 EXACT_FOR_INTEGERS = frozenset(
     """
-    sum cumsum cumprod prod unique bincount mm
+    sum cumsum cumprod prod unique bincount mm _int_mm
     index_add scatter_add index_put _unsafe_index_put scatter_reduce
     """.split()
 )

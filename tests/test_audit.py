@@ -11,6 +11,7 @@ from bicompile.report import REPORTS, Verdict
 
 X = torch.rand(4, 6)
 INDEX = torch.tensor([0, 1, 1, 3])
+BYTES = torch.randint(-128, 128, (32, 64), dtype=torch.int8)
 COLUMNS = INDEX[:, None].expand(4, 6)
 
 REFUSED = {
@@ -33,6 +34,7 @@ REFUSED = {
 STAYING = {
     "pointwise": lambda: torch.exp(X) * 2 + X.where(X > 0, 1.0),
     "integers": lambda: INDEX.sum() + torch.bincount(INDEX, minlength=4),
+    "bytes multiplied": lambda: torch._int_mm(BYTES, BYTES.t()),
     "stable sort": lambda: torch.sort(X, stable=True)[0],
     "largest by index": lambda: X.scatter_reduce(0, COLUMNS, X, "amax"),
     "write by index": lambda: X.index_put((INDEX,), X),

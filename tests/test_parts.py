@@ -48,6 +48,19 @@ def test_linear_of_a_transposed_batch(shape, dtype):
     torch.testing.assert_close(ours, eager, rtol=2e-2, atol=2e-2)
 
 
+def test_linear_of_bytes():
+    """Weights and activations in int8, a scale for each row: products of integers are exact."""
+    weight, scales = torch.randint(-127, 128, (64, 48), dtype=torch.int8), torch.rand(48)
+
+    def linear(t):
+        scale = t.abs().amax(-1, keepdim=True) / 127
+        return torch._int_mm((t / scale).round().to(torch.int8), weight) * scale * scales
+
+    batch = x(40, 64)
+    ours, eager = check_row(linear, batch)
+    torch.testing.assert_close(ours, eager)
+
+
 @each_half
 def test_linear_of_one_vector_is_a_row(dtype):
     layer, batch = random(nn.Linear(16, 32), dtype), x(5, 16, dtype=dtype)
