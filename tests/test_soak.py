@@ -96,10 +96,11 @@ def test_a_process_that_dies_is_found():
     assert "--case 'sum@NUMBER'" in block.failures[0].message
 
 
-def test_the_page_shows_its_record():
-    docs = HERE.parent / "docs"
-    summary = json.loads((docs / "soak.json").read_text())
-    assert (docs / "soak.md").read_text() == page.render(summary)
+@pytest.mark.parametrize("name", ["soak", "soak-h200"])
+def test_a_page_shows_its_record(name):
+    file = HERE.parent / "docs" / f"{name}.json"
+    summary = json.loads(file.read_text())
+    assert file.with_suffix(".md").read_text() == page.render(summary, file.name)
     assert not summary["failures"]
     assert {*summary["subjects"]} <= {*subjects.ops(), *subjects.MODELS}
 
@@ -122,7 +123,7 @@ def test_killed_it_goes_on(tmp_path):
     assert before >= 200
     assert soak(*names, "--cases", before + 300, "--json", report, "--page", shown) == 1
     found = json.loads(report.read_text())
-    assert shown.read_text() == page.render(found)
+    assert shown.read_text() == page.render(found, report.name)
     assert before + 300 <= found["cases"] <= before + 300 + 4 * subjects.OF_OPS["cpu"]
     assert found["cases"] == sum(sum(laws.values()) for laws in found["subjects"].values())
     done = State(state, {}).done()

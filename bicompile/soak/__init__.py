@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_text(json.dumps(state.summary(), indent=1, ensure_ascii=False) + "\n")
     if args.page:
-        args.page.write_text(page.render(state.summary()))
+        file = args.json.name if args.json else args.page.with_suffix(".json").name
+        args.page.write_text(page.render(state.summary(), file))
     console.print(table(state))
     failures = state.failures()
     for failure in failures[:20]:

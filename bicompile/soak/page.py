@@ -1,4 +1,4 @@
-"""The page of a search, docs/soak.md, from what `bicompile soak --json` wrote."""
+"""The page of a search, such as docs/soak.md, from what `bicompile soak --json` wrote."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from bicompile.soak.subjects import MODELS
 
 HEADER = """# What soak searched
 
-Written by `bicompile soak --page` from `soak.json`; a test compares the two. What is searched, and
+Written by `bicompile soak --page` from `{file}`; a test compares the two. What is searched, and
 how, stands in [testing.md](testing.md).
 
 """
 
 
-def render(summary: Mapping[str, Any]) -> str:
-    """The page of a summary of `State`."""
+def render(summary: Mapping[str, Any], file: str) -> str:
+    """The page of a summary of `State`, which a file of that name holds."""
     identity, rates = summary["identity"], summary["cases a second of one process"]
     differences = Counter(failure["subject"] for failure in summary["failures"])
     minutes = summary["seconds"] / 60
     text = (
-        f"{HEADER}{summary['cases']:,} cases in {minutes:.0f} minutes of work, "
+        f"{HEADER.format(file=file)}{summary['cases']:,} cases in {minutes:.0f} minutes of work, "
         f"{differences.total() or 'no'} differences; {identity['device']}, torch "
         f"{identity['torch']}, sources {identity['sources']}.\n\n"
         "| subject | cases | a second | differences |\n|---|---|---|---|\n"
