@@ -215,8 +215,9 @@ def trained(make, steps, device):
     return run
 
 
+@pytest.mark.soak
 @each_device
-@pytest.mark.parametrize("make", [Residual, pytest.param(ResNet, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("make", [Residual, ResNet])
 def test_two_runs_end_in_the_same_weights(make, device):
     run = trained(make, 5, device)
     first = run()

@@ -127,7 +127,7 @@ def test_gradients_of_linear():
     [
         pytest.param({"bias": False}, torch.float16, marks=pytest.mark.soak),
         ({"bidirectional": True}, torch.float32),
-        ({"proj_size": 8}, torch.bfloat16),
+        pytest.param({"proj_size": 8}, torch.bfloat16, marks=pytest.mark.soak),
     ],
     ids=str,
 )

@@ -144,6 +144,7 @@ def step(device, checkpointing):
     return [out.detach(), x.grad, layer.weight.grad, layer.bias.grad, torch.rand(1, device=device)]
 
 
+@pytest.mark.soak
 @each_device
 def test_checkpointing_draws_the_same_numbers_again(device):
     expected = step(device, False)
