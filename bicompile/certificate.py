@@ -271,6 +271,8 @@ def choose(
         return single
     if permits(family, bit_class, wanted):
         return wanted
+    if not _listed(_device(), family, bit_class):
+        return single
     known = among()
     before = known[: known.index(wanted)] if wanted in known else ()
     return next((s for s in reversed(before) if permits(family, bit_class, s)), single)
@@ -287,15 +289,22 @@ def permits(family: str, bit_class: str, schedule: object) -> bool:
 
 @functools.cache
 def _permits(device: int, family: str, bit_class: str, schedule: object) -> bool:
+    listed = _listed(device, family, bit_class)
+    if listed and repr(schedule) not in listed:
+        machine = Machine.here(device)
+        log.info("%s, %s: %s is not certified on %s", family, bit_class, schedule, machine)
+    return repr(schedule) in listed
+
+
+@functools.cache
+def _listed(device: int, family: str, bit_class: str) -> tuple[str, ...]:
+    """The schedules that the certificate lists; where there is none, that is said once."""
     machine = Machine.here(device)
     listing, reason = _find(machine, family, bit_class)
     if listing is None:
         _say_once(machine, reason)
-        return False
-    listed = repr(schedule) in listing.schedules
-    if not listed:
-        log.info("%s, %s: %s is not certified on %s", family, bit_class, schedule, machine)
-    return listed
+        return ()
+    return listing.schedules
 
 
 def _find(machine: Machine, family: str, bit_class: str) -> tuple[Listing | None, str]:
@@ -338,6 +347,6 @@ def _device() -> int:
 
 def forget() -> None:
     """Read certificates and sources anew at the next launch."""
-    for cached in (certificates, _permits, sources):
+    for cached in (certificates, _listed, _permits, sources):
         cached.cache_clear()
     _told.clear()

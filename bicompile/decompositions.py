@@ -89,8 +89,8 @@ def cross(x: Tensor, other: Tensor, *, dim: int = -1) -> Tensor:
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return NotImplemented  # type: ignore[no-any-return]
     a, b = torch.broadcast_tensors(x.to(exact), other.to(exact))
-    after, behind = ((t.roll(-1, dim), t.roll(-2, dim)) for t in (a, b))
-    product: Tensor = after[0] * behind[1] - after[1] * behind[0]
+    (a1, a2), (b1, b2) = ((t.roll(-1, dim), t.roll(-2, dim)) for t in (a, b))
+    product: Tensor = a1 * b2 - a2 * b1
     return product.to(x.dtype)
 
 
