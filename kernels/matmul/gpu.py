@@ -42,8 +42,9 @@ def matmul_kernel(
 @triton.jit(do_not_specialize=["M", "beta", "alpha"])
 def block_kernel(
     A, B, B2, C, Y, M, N, K, scm, scn, beta, alpha,
-    END: tl.constexpr, TYPE: tl.constexpr, ALONG_K: tl.constexpr, PERSISTENT: tl.constexpr,
-    PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    END: tl.constexpr, TYPE: tl.constexpr, ALONG_M: tl.constexpr, ALONG_K: tl.constexpr,
+    PERSISTENT: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The same for one matrix of half precision, through tensor descriptors A, B, B2 and Y."""
     after_others(PDL)
@@ -54,7 +55,7 @@ def block_kernel(
     for tile in tl.range(tl.program_id(0), tiles, step, flatten=PERSISTENT):
         tile_m, tile_n = tile_of(tile, num_m, num_n)
         y, y2 = chain_of_blocks(
-            A, B, B2, tile_m * BM, tile_n * BN, K, BM, BN, BK, ALONG_K, END == "swiglu"
+            A, B, B2, tile_m * BM, tile_n * BN, K, BM, BN, BK, ALONG_M, ALONG_K, END == "swiglu"
         )
         put(
             y, y2, C, Y, tile_m * BM, tile_n * BN, M, N, scm, scn, beta, alpha,
@@ -137,8 +138,7 @@ def _choose(kind: str, a, weights, n: int, chosen: Schedule | None) -> Schedule:
 def _fits_blocks(a, weights, n: int) -> bool:
     """Whether tensor descriptors can stand for these operands, and for a result of n columns."""
     fits = a.shape[0] == 1 and a.shape[2] > 0 and n * a.element_size() % 16 == 0
-    fits = fits and _is_blocked(a[0])
-    return fits and all(_is_blocked(w[0]) or _is_blocked(w[0].t()) for w in weights)
+    return fits and all(_is_blocked(x[0]) or _is_blocked(x[0].t()) for x in (a, *weights))
 
 
 def _is_blocked(x: torch.Tensor) -> bool:
@@ -164,17 +164,18 @@ def _launch(a, b, c=None, *, tf32, end="", beta=0.0, alpha=1.0, b2=None, chosen=
     tiles = triton.cdiv(m, s.bm) * triton.cdiv(n, s.bn)
     common = {"END": end, "TYPE": TYPES[a.dtype], "BM": s.bm, "BN": s.bn, "BK": s.bk}
     if s.tma:
-        along_k = not _is_blocked(b[0])
+        along_m, along_k = not _is_blocked(a[0]), not _is_blocked(b[0])
+        left = _described(a[0].t(), s.bk, s.bm) if along_m else _described(a[0], s.bm, s.bk)
         blocks = [
             _described(w[0].t(), s.bn, s.bk) if along_k else _described(w[0], s.bk, s.bn)
             for w in weights
         ]
         launch(
             block_kernel, min(tiles, processors(a.device)) if s.persistent else tiles,
-            _described(a[0], s.bm, s.bk), blocks[0], blocks[-1], c,
+            left, blocks[0], blocks[-1], c,
             _described(out[0], s.bm, s.bn // s.parts), m, n, k, *c_strides[1:],
-            float(beta), float(alpha), **common, ALONG_K=along_k, PERSISTENT=s.persistent,
-            PARTS=s.parts, num_warps=s.warps, num_stages=s.stages,
+            float(beta), float(alpha), **common, ALONG_M=along_m, ALONG_K=along_k,
+            PERSISTENT=s.persistent, PARTS=s.parts, num_warps=s.warps, num_stages=s.stages,
         )  # fmt: skip
     else:
         launch(

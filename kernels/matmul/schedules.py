@@ -69,8 +69,7 @@ TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
         Entry(512, WIDE, MANY, _tma(128, 64, 64, 4, 6)),
         Entry(512, MANY, MANY, _tma(128, 128, 64, 8, 5, 1)),
         Entry(4096, 1024, MANY, _tma(128, 128, 64, 8, 5)),
-        Entry(8192, MANY, MANY, _tma(128, 256, 64, 8, 3)),
-        Entry(MANY, MANY, MANY, _tma(128, 256, 64, 8, 3, 2)),
+        Entry(MANY, MANY, MANY, _tma(128, 256, 64, 8, 3)),
     ),
     ("half pair", "9.0"): (
         Entry(16, MANY, MANY, Schedule(16, 16, 256, 4, 4)),

@@ -85,17 +85,17 @@ def chain(
 @triton.jit
 def chain_of_blocks(
     A, B, B2, m0, n0, K,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ALONG_K: tl.constexpr,
-    TWO: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ALONG_M: tl.constexpr,
+    ALONG_K: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
     """The same through tensor descriptors, whose blocks are 0 outside the matrices.
 
-    ALONG_K: B lies as [N, K] in memory.
+    ALONG_M: A lies as [K, M] in memory; ALONG_K: B lies as [N, K].
     """
     acc = tl.zeros([BM, BN], tl.float32)
     acc2 = acc
     for k in tl.range(0, K, BK):
-        x = A.load([m0, k])
+        x = _block(A, m0, k, ALONG_M)
         acc = tl.dot(x, _block(B, k, n0, ALONG_K), acc)
         if TWO:
             acc2 = tl.dot(x, _block(B2, k, n0, ALONG_K), acc2)
@@ -103,12 +103,12 @@ def chain_of_blocks(
 
 
 @triton.jit
-def _block(B, k, n0, ALONG_K: tl.constexpr):
-    """[BK, BN] of B at (k, n0)."""
-    if ALONG_K:
-        y = B.load([n0, k]).T
+def _block(X, row, column, TURNED: tl.constexpr):
+    """The block of X at (row, column); TURNED: X lies transposed in memory."""
+    if TURNED:
+        y = X.load([column, row]).T
     else:
-        y = B.load([k, n0])
+        y = X.load([row, column])
     return y
 
 
