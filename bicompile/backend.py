@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from bicompile import ahead, artifacts, capture, inductor, native
 from bicompile.graph import device_of, subgraphs
 from bicompile.options import Options
+from bicompile.passes.read_halves import read_halves
 from bicompile.pipeline import OPTIONAL, Run, run_pipeline
 from bicompile.registry import KERNELS, OTHERS
 from bicompile.report import REPORTS, Report, digest
@@ -81,7 +82,12 @@ def lower(
     capture.open_flex_attention(gm)
     with capture.attention_whole():
         return inductor.compile_graph(
-            gm, inputs, inner=inner, decompositions=capture.decomposition_table(), **kwargs
+            gm,
+            inputs,
+            inner=inner,
+            decompositions=capture.decomposition_table(),
+            whole=read_halves,
+            **kwargs,
         )
 
 

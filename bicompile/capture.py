@@ -262,7 +262,7 @@ OWNED = frozenset(
     _fused_rms_norm _fused_rms_norm_backward native_batch_norm native_batch_norm_backward
     _native_batch_norm_legit _native_batch_norm_legit_functional
     _batch_norm_with_update _batch_norm_with_update_functional
-    _softmax _softmax_backward_data _log_softmax _log_softmax_backward_data logsumexp
+    _softmax _softmax_backward_data logsumexp
     sum mean prod var std var_mean norm linalg_vector_norm
     convolution convolution_backward embedding_dense_backward _embedding_bag
     index_add index_put _unsafe_index_put scatter_add scatter_reduce

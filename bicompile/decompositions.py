@@ -2,8 +2,8 @@
 
 The end of `F.fold`, for example, is a sum of images in which each tap of the windows lies where it
 belongs; a distance is a norm of differences; the most frequent element is the end of the longest
-run of a sorted row.  Half types are added in float32 and rounded once.  Pooling and recurrent cells
-have files of their own.
+run of a sorted row.  Half types are added in float32 and rounded once.  Pooling, recurrent cells
+and log_softmax have files of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bicompile import pooling, recurrent
+from bicompile import log_softmax, pooling, recurrent
 from bicompile.pooling import apart, wide
 
 aten = torch.ops.aten
@@ -148,6 +148,7 @@ def mode(x: Tensor, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tenso
 TABLE: Mapping[torch._ops.OpOverload, Callable[..., Any]] = {
     **pooling.TABLE,
     **recurrent.TABLE,
+    **log_softmax.TABLE,
     aten.col2im.default: col2im,
     aten._trilinear.default: trilinear,
     aten._cdist_forward.default: cdist,

@@ -23,6 +23,13 @@ def value(x: Any) -> Any:
     return x.meta["val"] if isinstance(x, Node) else x
 
 
+def narrow(x: Any) -> Any:
+    """What float32 numbers were widened from, or x."""
+    if x.target is not torch.ops.prims.convert_element_type.default or x.args[1] != torch.float32:
+        return x
+    return x.args[0] if value(x.args[0]).dtype in (torch.bfloat16, torch.float16) else x
+
+
 def device_of(node: Node) -> torch.device:
     """Where an op runs: the device of its first tensor."""
     first = next(v for v in map(value, node.all_input_nodes) if isinstance(v, torch.Tensor))

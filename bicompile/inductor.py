@@ -74,17 +74,23 @@ _MODES: Mapping[str | None, Mapping[str, object]] = {
 }
 
 
+Whole = Callable[[torch.fx.graph.Graph], None]
+
+
 class Stamp(CustomGraphPass):
-    """A pass that does nothing but put our identity into the keys of Inductor's caches.
+    """A pass over forward and backward together, which puts our identity into the caches' keys.
 
     Without it, code that plain Inductor cached for the same graph would be served to us.
     """
 
-    def __init__(self, identity: str) -> None:
+    def __init__(self, identity: str, whole: Whole | None = None) -> None:
         self.identity = identity
+        self.whole = whole
 
     def __call__(self, graph: torch.fx.graph.Graph) -> None:
-        """Leave the graph as it is."""
+        """Apply the pass, if there is one."""
+        if self.whole is not None:
+            self.whole(graph)
 
     def uuid(self) -> str:
         """The identity, which Inductor hashes into its keys."""
@@ -100,7 +106,7 @@ def _known(key: str) -> bool:
     return True
 
 
-def config_patches(mode: str | None, stamp: str) -> dict[str, object]:
+def config_patches(mode: str | None, stamp: str, whole: Whole | None = None) -> dict[str, object]:
     """The configuration of one call, never set globally: what is pinned or tuned, mode and stamp.
 
     Keys that this version of PyTorch does not have are left out.
@@ -113,7 +119,7 @@ def config_patches(mode: str | None, stamp: str) -> dict[str, object]:
         raise UnknownOption(option="mode", value=repr(mode), accepted=accepted)
     patches = {key: value for key, (value, _) in {**PINNED, **_TUNED}.items() if _known(key)}
     identity = f"{stamp}-{_own_hash()}"
-    return {**patches, **_MODES[mode], "joint_custom_pre_pass": Stamp(identity)}
+    return {**patches, **_MODES[mode], "joint_custom_pre_pass": Stamp(identity, whole)}
 
 
 @functools.cache
@@ -324,6 +330,7 @@ def compile_graph(
     *,
     inner: Callable[..., Any] = compile_inner,
     decompositions: Any = None,
+    whole: Whole | None = None,
     mode: str | None = None,
     stamp: str = "",
     caches: bool = True,
@@ -335,6 +342,7 @@ def compile_graph(
         example_inputs: its inputs.
         inner: compiles each traced graph (forward, backward); ends in `compile_inner`.
         decompositions: table of decompositions; must pickle, or the caches never hit.
+        whole: a pass over each traced graph before its gradient is a graph of its own.
         mode: one of torch.compile's modes; nothing is autotuned in any of them.
         stamp: identity of all that decides bits outside this file, part of the cache keys.
         caches: whether a graph compiled earlier may be taken from the disk.
@@ -351,7 +359,7 @@ def compile_graph(
             gm,
             list(example_inputs),
             inner_compile=inner,
-            config_patches=config_patches(mode, stamp),
+            config_patches=config_patches(mode, stamp, whole),
             decompositions=decompositions,
         )
 

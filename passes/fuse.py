@@ -1,7 +1,7 @@
 """Fusions into wider ops of ours that change no bit.
 
-Those of products are in `fuse_matmul`, those of rotary embeddings in `fuse_rope`, that of
-log-probabilities in `fuse_log_softmax`.
+Those of products are in `fuse_matmul`, those of rotary embeddings in `fuse_rope`, that of gradients
+of a loss in `fuse_one_hot`.
 
 `fuse_rms_norm`: transformers write RMSNorm by hand. ::
 
@@ -32,8 +32,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bicompile.graph import Emit, value
-from bicompile.passes.fuse_log_softmax import fuse_log_softmax
 from bicompile.passes.fuse_matmul import fuse_matmul
+from bicompile.passes.fuse_one_hot import fuse_one_hot
 from bicompile.passes.fuse_rope import fuse_rope
 from bicompile.registry import KERNELS
 
@@ -48,7 +48,7 @@ def fuse(gm: GraphModule, *, run) -> None:
     fuse_rms_norm(gm, run=run)
     fuse_matmul(gm, run=run)
     fuse_rope(gm, run=run)
-    fuse_log_softmax(gm, run=run)
+    fuse_one_hot(gm, run=run)
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ LABELS = Below(40, (5,))
 
 CONVOLUTION = "convolution -> bmm convolution convolution_backward sum"
 SOFTMAX = "softmax -> _softmax_backward_data softmax_backward"
-LOG_SOFTMAX = "log_softmax -> _log_softmax_backward_data log_softmax_backward"
+LOG_SOFTMAX = "softmax_statistics -> _log_softmax_backward_data sum"
 ATTENTION = "sdpa -> sdpa_backward"
 INDEX_ADD = "-> index_add"
 
@@ -311,26 +311,26 @@ SUBJECTS = {
     "kthvalue": Subject("topk ->", lambda x: x.kthvalue(3).values, LINE),
     # losses
     "cross_entropy": Subject(
-        "log_softmax sum -> _log_softmax_backward_data log_softmax_backward",
+        "softmax_statistics sum -> _log_softmax_backward_data nll_loss_backward sum",
         lambda x, i: F.cross_entropy(x, i, reduction="none", label_smoothing=0.1),
         ((40,), Below(40, ())),
     ),
     "nll_loss, a mean": Subject(
-        "log_softmax mm sum -> _log_softmax_backward_data log_softmax_backward mm",
+        "softmax_statistics mm sum -> _log_softmax_backward_data nll_loss_backward mm",
         lambda x, i, w: F.cross_entropy(F.linear(x, w), i),
         ((24,), Below(40, ())),
         ((40, 24),),
         by_row=False,
     ),
     "nll_loss2d": Subject(
-        LOG_SOFTMAX,
+        "softmax_statistics -> _log_softmax_backward_data nll_loss2d_backward",
         lambda x, i: F.cross_entropy(x, i, reduction="none"),
         ((40, 9), Below(40, (9,))),
     ),
     "mse_loss": Subject("mean ->", lambda x, y: F.mse_loss(x, y), (*LINE, *LINE), by_row=False),
     "kl_div": Subject(
-        "log_softmax softmax sum -> _log_softmax_backward_data _softmax_backward_data "
-        "log_softmax_backward softmax_backward",
+        "softmax_statistics softmax sum -> _log_softmax_backward_data _softmax_backward_data "
+        "softmax_backward sum",
         lambda x, y: F.kl_div(x.log_softmax(-1), y.softmax(-1), reduction="none").sum(-1),
         (*LINE, *LINE),
     ),

@@ -161,23 +161,13 @@ def maximum_of_all_rows(x, dim, dtype):
     return (e / e.sum(dim, keepdim=True)).to(dtype)
 
 
-@canary("log_softmax", M=9, K=129)
-def tail_uses_another_exponential(x, dim, dtype):
+@canary("softmax_statistics", M=9, K=129)
+def tail_uses_another_exponential(x, dim):
     x = x.float()
-    rows = x.shape[0] // 8 * 8
-
-    def body(t, exp):
-        return t - torch.log(lanes_sum(exp(t)))[..., None]
-
-    tail = body(x[rows:], lambda t: torch.exp2(t * 1.442695))
-    return torch.cat([body(x[:rows], torch.exp), tail])
-
-
-@canary("log_softmax_gather", M=9, K=129, N=2)
-def one_sum_for_a_run_of_rows(x, dim, index, dtype):
-    x = x.float()
-    total = torch.exp(x).sum(dim, keepdim=True)
-    return (x.gather(dim, index) - torch.log(total[:1].expand_as(total))).to(dtype)
+    rows, top = x.shape[0] // 8 * 8, x.amax(dim, keepdim=True)
+    body = torch.exp((x - top)[:rows])
+    tail = torch.exp2((x - top)[rows:] * 1.442695)
+    return top, lanes_sum(torch.cat([body, tail])).log()[..., None]
 
 
 @canary("layer_norm", M=9, K=129)
@@ -197,12 +187,6 @@ def warps_follow_the_rows(x, n, w, eps, offset, round_first):
 def the_sum_of_a_gradient_follows_the_rows(grad, y, dim, dtype):
     total = lanes_sum(grad.float() * y.float(), 8 if len(grad) < 4 else 16)[..., None]
     return ((grad.float() - total) * y.float()).to(dtype)
-
-
-@canary("log_softmax_backward", M=9, K=129)
-def a_gradient_is_centred_over_the_batch(grad, y, dim, dtype):
-    grad = grad.float() + 0.0 * grad.float().mean(0)
-    return (grad - y.float().exp() * lanes_sum(grad)[..., None]).to(dtype)
 
 
 @canary("layer_norm_backward", M=9, K=129)

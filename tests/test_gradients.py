@@ -198,7 +198,7 @@ ON_A_GPU = {
     *("_thnn_fused_lstm_cell_backward_impl", "_thnn_fused_gru_cell_backward"),
 }
 """Of ops that PyTorch opens on a CPU: tests/test_rules.py and tests/test_recurrent.py."""
-INFERENCE = {"log_softmax_gather", "qk_norm_rope", "swiglu"}
+INFERENCE = {"qk_norm_rope", "swiglu"}
 """Fused where no gradient needs what lies between the ops."""
 
 

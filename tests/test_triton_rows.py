@@ -34,14 +34,6 @@ def _weights(x):
     return randn(k, dtype=x.dtype, seed=1), randn(k, dtype=x.dtype, seed=2)
 
 
-def _chosen(x, **s):
-    """Elements of log_softmax, which are those that log_softmax itself gives."""
-    places = torch.tensor([0, x.shape[1] // 2], device=x.device).expand(len(x), -1)
-    chosen = softmax.log_softmax_gather(x, 1, places, FULL, **s)
-    same(chosen, softmax.log_softmax(x, 1, FULL).gather(1, places))
-    return chosen
-
-
 ROW_OPS = {
     "sum": lambda x, **s: reduce.sum(x, [1], False, x.dtype, **s),
     "sum_fp32": lambda x, **s: reduce.sum(x, [1], True, FULL, **s),
@@ -55,13 +47,11 @@ ROW_OPS = {
         for p in (0.0, 1.0, 2.0, 3.5, INF, -INF)
     },
     "softmax": lambda x, **s: softmax.softmax(x, 1, x.dtype, **s),
-    "log_softmax": lambda x, **s: softmax.log_softmax(x, 1, FULL, **s),
-    "log_softmax_gather": lambda x, **s: _chosen(x, **s),
+    "softmax_statistics": lambda x, **s: torch.cat(softmax.softmax_statistics(x, 1, **s), 1),
     "layer_norm": lambda x, **s: norm.layer_norm(x, 1, *_weights(x), 1e-5, **s),
     "rms_norm": lambda x, **s: norm.rms_norm(x, 1, _weights(x)[0], 1e-6, 0.0, True, **s),
     "rms_norm_offset": lambda x, **s: norm.rms_norm(x, 1, _weights(x)[0], 1e-6, 1.0, False, **s),
     "softmax_backward": lambda x, **s: softmax.softmax_backward(x, x * 0.5, 1, x.dtype, **s),
-    "log_softmax_backward": lambda x, **s: softmax.log_softmax_backward(x, x, 1, x.dtype, **s),
     "layer_norm_backward": lambda x, **s: norm.layer_norm_backward(
         x, x * x, 1, x[:, :1], x[:, -1:], _weights(x)[0], **s
     ),
@@ -220,7 +210,8 @@ def test_row_accuracy(k, dtype):
     no_worse(reduce.norm(x, 2.0, [1], False, dtype), x.norm(2, 1), d.norm(2, 1))
     no_worse(reduce.norm(x, 3.0, [1], False, dtype), x.norm(3, 1), d.norm(3, 1))
     no_worse(softmax.softmax(x, 1, dtype), x.softmax(1), d.softmax(1))
-    no_worse(softmax.log_softmax(x, 1, dtype), x.log_softmax(1), d.log_softmax(1))
+    top, shift = softmax.softmax_statistics(x, 1)
+    no_worse(((x.float() - top) - shift).to(dtype), x.log_softmax(1), d.log_softmax(1))
     y = norm.layer_norm(x, 1, w, w, 1e-5)[0]
     no_worse(y, f.layer_norm(x, (k,), w, w), f.layer_norm(d, (k,), wd, wd))
     y = norm.rms_norm(x, 1, w, 1e-6, 0.0, False)

@@ -48,6 +48,14 @@ def along(call: Call) -> Value:
     return Value((*axes[:d], plain(call.shape[d]), *axes[d + 1 :]))
 
 
+def statistics(call: Call) -> list[Value]:
+    """Numbers of all elements along an axis, which stays with one."""
+    source = call["self"]
+    d = axis_number(source.rank, call["dim"])
+    call.combined(source.axes[d], how="combines")
+    return [Value((*source.axes[:d], (), *source.axes[d + 1 :]))] * len(call.shapes)
+
+
 def chosen_along(call: Call) -> list[Value]:
     """The largest elements along an axis, and their numbers."""
     source = call["self"]
@@ -183,10 +191,12 @@ def attention(call: Call) -> list[Value]:
 
 def attention_gradients(call: Call) -> list[Value]:
     """The queries of a batch entry and head meet its keys, and these meet all of its queries."""
-    query, key, value, grad = (call[n] for n in ("query", "key", "value", "grad"))
+    query, key, value, grad, out = (call[n] for n in ("query", "key", "value", "grad", "out"))
     lead = [
-        join(join(_heads(q, k), _heads(q, v)), g)
-        for q, k, v, g in zip(*(t.axes[:-2] for t in (query, key, value, grad)), strict=True)
+        join(join(join(_heads(q, k), _heads(q, v)), g), o)
+        for q, k, v, g, o in zip(
+            *(t.axes[:-2] for t in (query, key, value, grad, out)), strict=True
+        )
     ]
     queries, keys = query.axes[-2], join(key.axes[-2], value.axes[-2])
     mask = call.get("attn_mask")

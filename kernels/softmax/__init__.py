@@ -1,7 +1,7 @@
-"""softmax and log_softmax over one axis, and their gradients.
+"""softmax over one axis, what log_softmax needs of a row, and the gradient.
 
-`e[k] = exp(x[k] - max)`; `e[k] / sum` or `(x[k] - max) - log(sum)`.
-Gradients, from the output y: `(g[k] - sum(g * y)) * y[k]` or `g[k] - exp(y[k]) * sum(g)`.
+`e[k] = exp(x[k] - max)`; `e[k] / sum`, or `max` and `log(sum)`, of which `bicompile.log_softmax`
+makes `(x[k] - max) - log(sum)`.  The gradient, from the output y: `(g[k] - sum(g * y)) * y[k]`.
 
 Bits: the maximum is exact in any order; on the CPU exp is ours, `sum` adds e[k] in the lanes and
 the tree of `bicompile.kernels.reduce`, in double, and is rounded to float32; the last operations

@@ -1,4 +1,4 @@
-// softmax and log_softmax over one axis, and their gradients, in the order of kernels/softmax.
+// softmax over one axis, its statistics and its gradient, in the order of kernels/softmax.
 #include "../common/tensor.h"
 #include "../common/wide.h"
 
@@ -45,14 +45,6 @@ void softmax_row(const float* x, int64_t K, float* out) {
   if (k < K) store(out + k, load(out + k, K - k) / sum, K - k);
 }
 
-void log_softmax_row(const float* x, int64_t K, float* out) {
-  const float max = row_max(x, K);
-  const f32x16 top = splat(max), shift = log(splat(exp_sum(x, K, max, nullptr)));
-  int64_t k = 0;
-  for (; k + W <= K; k += W) store(out + k, (load(x + k) - top) - shift);
-  if (k < K) store(out + k, (load(x + k, K - k) - top) - shift, K - k);
-}
-
 // grad * y summed over k, rounded to float32: (grad - sum) * y is the gradient.
 void softmax_backward_row(const float* grad, const float* y, int64_t K, float* out) {
   const f32x16 sum = splat((float)lane_sum(K, [=](int64_t k, int64_t n) {
@@ -60,15 +52,6 @@ void softmax_backward_row(const float* grad, const float* y, int64_t K, float* o
   }));
   blocks(K, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
     store_block(out + k, (load_block(grad + k, n) - sum) * load_block(y + k, n), n);
-  });
-}
-
-void log_softmax_backward_row(const float* grad, const float* y, int64_t K, float* out) {
-  const f32x16 sum = splat((float)lane_sum(K, [=](int64_t k, int64_t n) {
-    return wide(load_block(grad + k, n));
-  }));
-  blocks(K, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
-    store_block(out + k, load_block(grad + k, n) - exp(load_block(y + k, n)) * sum, n);
   });
 }
 
@@ -120,15 +103,8 @@ Tensor over_axis(int64_t dim, ScalarType type, const F& f, const Tensor& self,
 Tensor softmax(const Tensor& self, int64_t dim, ScalarType type) {
   return over_axis(dim, type, softmax_row, self);
 }
-Tensor log_softmax(const Tensor& self, int64_t dim, ScalarType type) {
-  return over_axis(dim, type, log_softmax_row, self);
-}
 Tensor softmax_backward(const Tensor& grad, const Tensor& output, int64_t dim, ScalarType type) {
   return over_axis(dim, type, softmax_backward_row, grad, output);
-}
-Tensor log_softmax_backward(const Tensor& grad, const Tensor& output, int64_t dim,
-                            ScalarType type) {
-  return over_axis(dim, type, log_softmax_backward_row, grad, output);
 }
 
 float log_of(float x) {
@@ -137,64 +113,35 @@ float log_of(float x) {
   return lanes[0];
 }
 
-void check_index(const Tensor& self, int64_t dim, const Tensor& index, const Axes& all) {
-  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && index.dim() == self.dim(),
-                  "log_softmax_gather: index is not int64, or of another rank");
-  for (int64_t d = 0; d < self.dim(); d++)
-    STD_TORCH_CHECK(d == dim || index.size(d) == self.size(d),
-                    "log_softmax_gather: sizes do not fit");
-  const int64_t* const at = data<int64_t>(index);
-  all.each(0, all.numel(), [&](int64_t, int64_t i) {
-    STD_TORCH_CHECK(0 <= at[i] && at[i] < self.size(dim),
-                    "log_softmax_gather: index is out of range");
-  });
-}
-
-// The elements of log_softmax that `index` names; nothing else of it is written anywhere.
-Tensor log_softmax_gather(const Tensor& self, int64_t dim, const Tensor& index, ScalarType type) {
-  const Tensor out = empty(self, sizes(index), type);
-  if (out.numel() == 0) return out;
-  if (dim < 0) dim += self.dim();
-  Axes kept, row, index_kept, out_kept, all;
-  int64_t stride = out.numel(), step = 1;
+// Of every row the maximum, and the logarithm of the sum.
+std::tuple<Tensor, Tensor> softmax_statistics(const Tensor& self, int64_t dim) {
+  Axes kept, row;
+  std::vector<int64_t> shape;
   for (int64_t d = 0; d < self.dim(); d++) {
-    stride /= index.size(d);
-    all.add(index.size(d), index.stride(d));
     (d == dim ? row : kept).add(self.size(d), self.stride(d));
-    if (d == dim) step = stride;
-    if (d == dim) continue;
-    index_kept.add(index.size(d), index.stride(d));
-    out_kept.add(index.size(d), stride);
+    shape.push_back(d == dim ? 1 : self.size(d));
   }
-  check_index(self, dim, index, all);
-  const int64_t K = row.numel(), N = index.size(dim), index_step = index.stride(dim);
-  const int64_t* const chosen = data<int64_t>(index);
-  dispatch(type, [&](auto t) {
-    using T = decltype(t);
-    T* const to = mutable_data<T>(out);
-    parallel(kept.numel(), 8 * K, [&](int64_t begin, int64_t end) {
-      const Rows<float> rows(self, kept, row);
-      for (int64_t i = begin; i < end; i++) {
-        const float* const x = rows[i];
-        const float max = row_max(x, K), shift = log_of(exp_sum(x, K, max, nullptr));
-        const int64_t* const k = chosen + index_kept.offset(i);
-        T* const y = to + out_kept.offset(i);
-        for (int64_t n = 0; n < N; n++)
-          y[n * step] = from_float<T>((x[k[n * index_step]] - max) - shift);
-      }
-    });
+  Tensor tops = empty(self, shape, ScalarType::Float);
+  Tensor shifts = empty(self, shape, ScalarType::Float);
+  float *const top = mutable_data<float>(tops), *const shift = mutable_data<float>(shifts);
+  const int64_t K = row.numel();
+  parallel(kept.numel(), 8 * K, [&](int64_t begin, int64_t end) {
+    const Rows<float> rows(self, kept, row);
+    for (int64_t i = begin; i < end; i++) {
+      const float* const x = rows[i];
+      top[i] = row_max(x, K);
+      shift[i] = log_of(exp_sum(x, K, top[i], nullptr));
+    }
   });
-  return out;
+  return {tops, shifts};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bicompile, CPU, m) {
   m.impl("softmax", TORCH_BOX(&softmax));
-  m.impl("log_softmax", TORCH_BOX(&log_softmax));
-  m.impl("log_softmax_gather", TORCH_BOX(&log_softmax_gather));
+  m.impl("softmax_statistics", TORCH_BOX(&softmax_statistics));
   m.impl("softmax_backward", TORCH_BOX(&softmax_backward));
-  m.impl("log_softmax_backward", TORCH_BOX(&log_softmax_backward));
 }
 
 }  // namespace bic::simd

@@ -15,24 +15,15 @@ def softmax_reference(self, dim, dtype):
     return torch.softmax(self, dim)
 
 
-def log_softmax_reference(self, dim, dtype):
-    """`x - log(sum(exp(x)))`."""
-    return torch.log_softmax(self, dim)
-
-
-def log_softmax_gather_reference(self, dim, index, dtype):
-    """The elements of `log_softmax` that `index` names, as `torch.gather` does."""
-    return torch.log_softmax(self, dim).gather(dim, index)
+def softmax_statistics_reference(self, dim):
+    """The maximum, and `log(sum(exp(x - max)))`."""
+    top = self.amax(dim, True)
+    return top, (self - top).exp().sum(dim, True).log()
 
 
 def softmax_backward_reference(grad, output, dim, dtype):
     """`(grad - sum(grad * output)) * output`."""
     return (grad - (grad * output).sum(dim, keepdim=True)) * output
-
-
-def log_softmax_backward_reference(grad, output, dim, dtype):
-    """`grad - exp(output) * sum(grad)`."""
-    return grad - output.exp() * grad.sum(dim, keepdim=True)
 
 
 def _fake(self, dim, dtype):
@@ -43,15 +34,17 @@ def _fake_backward(grad, output, dim, dtype):
     return _fake(grad, dim, dtype)
 
 
-def _eager_backward(op):
-    def eager(grad, output, dim, dtype):
-        # PyTorch computes a half gradient with respect to float32 in float32, and rounds then.
-        return op(grad, output, dim, grad.dtype).to(dtype)
-
-    return eager
+def _fake_statistics(self, dim):
+    shape = [1 if d == dim else n for d, n in enumerate(self.shape)]
+    return tuple(self.new_empty(shape, dtype=torch.float32) for _ in range(2))
 
 
-_SCHEMA = "(Tensor self, int dim, ScalarType dtype) -> Tensor"
+def _eager_backward(grad, output, dim, dtype):
+    # PyTorch computes a half gradient with respect to float32 in float32, and rounds then.
+    op = torch.ops.aten._softmax_backward_data
+    return op(grad, output, dim, grad.dtype).to(dtype)
+
+
 _CASES = (
     Case("self: M K -> M K", {"dim": 1, "dtype": None}),
     Case("self: K N -> K N", {"dim": 0, "dtype": None}),
@@ -62,7 +55,7 @@ _CASES = (
 softmax = register(
     Kernel(
         name="softmax",
-        schema=_SCHEMA,
+        schema="(Tensor self, int dim, ScalarType dtype) -> Tensor",
         contract=Contract(_CASES),
         reference=softmax_reference,
         eager=lambda self, dim, dtype: torch.softmax(self, dim, dtype=dtype),
@@ -71,69 +64,38 @@ softmax = register(
     )
 )
 
-log_softmax = register(
+softmax_statistics = register(
     Kernel(
-        name="log_softmax",
-        schema=_SCHEMA,
-        contract=Contract(_CASES),
-        reference=log_softmax_reference,
-        eager=lambda self, dim, dtype: torch.log_softmax(self, dim, dtype=dtype),
-        order=ORDER + "; (x - max) - log(sum)",
-        fake=_fake,
-    )
-)
-
-log_softmax_gather = register(
-    Kernel(
-        name="log_softmax_gather",
-        schema="(Tensor self, int dim, Tensor index, ScalarType dtype) -> Tensor",
+        name="softmax_statistics",
+        schema="(Tensor self, int dim) -> (Tensor, Tensor)",
         contract=Contract(
-            tuple(
-                Case(signature, {"dim": dim, "dtype": dtype}, indices={"index": "K"})
-                for signature, dim, dtype in (
-                    ("self: M K, index: M N -> M N", 1, None),
-                    ("self: K N, index: Q N -> Q N", 0, None),
-                    ("self: M K N, index: M Q N -> M Q N", 1, None),
-                    ("self: M K, index: M 1 -> M 1", 1, torch.float32),
-                )
+            (
+                Case("self: M K -> M 1, M 1", {"dim": 1}),
+                Case("self: K N -> 1 N, 1 N", {"dim": 0}),
+                Case("self: M K N -> M 1 N, M 1 N", {"dim": 1}),
             )
         ),
-        reference=log_softmax_gather_reference,
-        eager=lambda self, dim, index, dtype: torch.log_softmax(self, dim, dtype=dtype).gather(
-            dim, index
-        ),
-        order=ORDER + "; (x - max) - log(sum)",
-        fake=lambda self, dim, index, dtype: self.new_empty(index.shape, dtype=dtype),
+        reference=softmax_statistics_reference,
+        eager=lambda self, dim: softmax_statistics_reference(self.float(), dim),
+        order=ORDER + "; its logarithm",
+        fake=_fake_statistics,
     )
-)
-
-_BACKWARD_SCHEMA = "(Tensor grad, Tensor output, int dim, ScalarType dtype) -> Tensor"
-_BACKWARD_CASES = (
-    Case("grad: M K, output: M K -> M K", {"dim": 1, "dtype": None}),
-    Case("grad: K N, output: K N -> K N", {"dim": 0, "dtype": None}),
-    Case("grad: M K N, output: M K N -> M K N", {"dim": 1, "dtype": None}),
 )
 
 softmax_backward = register(
     Kernel(
         name="softmax_backward",
-        schema=_BACKWARD_SCHEMA,
-        contract=Contract(_BACKWARD_CASES),
+        schema="(Tensor grad, Tensor output, int dim, ScalarType dtype) -> Tensor",
+        contract=Contract(
+            (
+                Case("grad: M K, output: M K -> M K", {"dim": 1, "dtype": None}),
+                Case("grad: K N, output: K N -> K N", {"dim": 0, "dtype": None}),
+                Case("grad: M K N, output: M K N -> M K N", {"dim": 1, "dtype": None}),
+            )
+        ),
         reference=softmax_backward_reference,
-        eager=_eager_backward(torch.ops.aten._softmax_backward_data),
+        eager=_eager_backward,
         order="sum of grad * output in the lanes of the reduce family; (grad - sum) * output",
-        fake=_fake_backward,
-    )
-)
-
-log_softmax_backward = register(
-    Kernel(
-        name="log_softmax_backward",
-        schema=_BACKWARD_SCHEMA,
-        contract=Contract(_BACKWARD_CASES),
-        reference=log_softmax_backward_reference,
-        eager=_eager_backward(torch.ops.aten._log_softmax_backward_data),
-        order="sum of grad in the lanes of the reduce family; grad - exp(output) * sum",
         fake=_fake_backward,
     )
 )

@@ -12,12 +12,9 @@ from bicompile.graph import value
 from bicompile.passes.rules.common import KERNELS, as_dtype, aten, fill, size
 
 
-def _softmax_backward(name):
-    def bind(emit, grad_output, output, dim, input_dtype):
-        dim %= max(value(output).dim(), 1)
-        return emit(KERNELS[name].op, grad_output, output, dim, input_dtype)
-
-    return bind
+def _softmax_backward(emit, grad_output, output, dim, input_dtype):
+    dim %= max(value(output).dim(), 1)
+    return emit(KERNELS["softmax_backward"].op, grad_output, output, dim, input_dtype)
 
 
 # ------------------------------------------------------------------------------------------ norms
@@ -112,16 +109,7 @@ def _embedding_dense_backward(
 
 
 RULES = (
-    (
-        aten._softmax_backward_data.default,
-        "softmax_backward",
-        _softmax_backward("softmax_backward"),
-    ),
-    (
-        aten._log_softmax_backward_data.default,
-        "log_softmax_backward",
-        _softmax_backward("log_softmax_backward"),
-    ),
+    (aten._softmax_backward_data.default, "softmax_backward", _softmax_backward),
     (aten.native_layer_norm_backward.default, "layer_norm_backward", _layer_norm_backward),
     (aten._fused_rms_norm_backward.default, "layer_norm_backward", _fused_rms_norm_backward),
     (aten.native_group_norm_backward.default, "group_norm_backward", group_norm_backward),

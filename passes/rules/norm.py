@@ -8,12 +8,9 @@ from bicompile.graph import value
 from bicompile.passes.rules.common import KERNELS, aten, outputs, prims, same_dtype
 
 
-def _softmax(name):
-    def bind(emit, self, dim, half_to_float):
-        dtype = torch.float32 if half_to_float else value(self).dtype
-        return emit(KERNELS[name].op, self, dim % max(value(self).dim(), 1), dtype)
-
-    return bind
+def _softmax(emit, self, dim, half_to_float):
+    dtype = torch.float32 if half_to_float else value(self).dtype
+    return emit(KERNELS["softmax"].op, self, dim % max(value(self).dim(), 1), dtype)
 
 
 def as_original(emit, outputs):
@@ -58,8 +55,7 @@ def _fused_rms_norm(emit, input, normalized_shape, weight, eps):
 
 
 RULES = (
-    (aten._softmax.default, "softmax", _softmax("softmax")),
-    (aten._log_softmax.default, "log_softmax", _softmax("log_softmax")),
+    (aten._softmax.default, "softmax", _softmax),
     (aten.native_layer_norm.default, "layer_norm", _layer_norm),
     (aten.native_group_norm.default, "group_norm", _group_norm),
     (aten._fused_rms_norm.default, "rms_norm", _fused_rms_norm),

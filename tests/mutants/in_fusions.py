@@ -7,7 +7,7 @@ from .mutant import Mutant
 NORM = ("tests/test_fuse_norm.py",)
 FUSE_MATMUL = ("tests/test_fuse_matmul.py", "-k", "not no_bit_changes")  # which takes minutes
 FUSE_ROPE = ("tests/test_fuse_rope.py", "-k", "not no_bit_changes")
-FUSE_LOG = ("tests/test_fuse_log_softmax.py",)
+LOG_SOFTMAX = ("tests/test_log_softmax.py",)
 DEDUPLICATE = ("tests/test_deduplicate.py",)
 
 MUTANTS = (
@@ -149,20 +149,36 @@ MUTANTS = (
         FUSE_ROPE,
     ),
     Mutant(
-        "a slice of the vocabulary is a slice of rows",
-        "passes/fuse_log_softmax.py",
-        "return rank > 0 and dim % rank == axis and axis not in along",
-        "return rank > 0 and dim % rank == axis",
-        "the sum runs over the slice alone",
-        FUSE_LOG,
+        "any row has one number",
+        "passes/fuse_one_hot.py",
+        "    if x.target is not aten.where.self or not _is_zero(x.args[2]):",
+        "    if x.target is not aten.where.self:",
+        "the sum of a row leaves out what stands beside the chosen class",
+        LOG_SOFTMAX,
     ),
     Mutant(
-        "a gather along any axis",
-        "passes/fuse_log_softmax.py",
-        "return rank > 0 and dim % rank == axis and axis not in along",
-        "return rank > 0 and axis not in along",
-        "elements of other rows are gathered",
-        FUSE_LOG,
+        "a number may differ along the row",
+        "passes/fuse_one_hot.py",
+        "statically_known_true(n == (1 if i == d else m))",
+        "i == d or statically_known_true(n == m)",
+        "the sum of a row is a row",
+        LOG_SOFTMAX,
+    ),
+    Mutant(
+        "a class outside is counted",
+        "passes/fuse_one_hot.py",
+        "        for nothing in (emit(aten.lt.Scalar, place, 0), emit(aten.eq.Scalar, number, 0)):",
+        "        for nothing in (emit(aten.eq.Scalar, number, 0),):",
+        "the sum of a row of zeros is not zero",
+        LOG_SOFTMAX,
+    ),
+    Mutant(
+        "wide logits are read",
+        "passes/read_halves.py",
+        "(narrow(node.args[0]), *node.args[1:])",
+        "node.args",
+        "a training step keeps the exponentials of all logits in float32",
+        LOG_SOFTMAX,
     ),
     # --------------------------------------------------------------- repeated layers
     Mutant(

@@ -239,14 +239,6 @@ MUTANTS = (
         ("tests/test_values.py",),
     ),
     Mutant(
-        "chosen elements are shifted in one step",
-        "kernels/softmax/cpu.cpp",
-        "from_float<T>((x[k[n * index_step]] - max) - shift);",
-        "from_float<T>(x[k[n * index_step]] - (max + shift));",
-        "the fused gather has other bits than log_softmax",
-        ("tests/test_fuse_log_softmax.py", "-k", "no_bit"),
-    ),
-    Mutant(
         "statistics in one pass",
         "kernels/norm/cpu.cpp",
         "    const f64x16 d = wide(v) - centre;\n    return acc + d * d;\n  });\n  return {mean, "
