@@ -231,6 +231,13 @@ def reason_to_stay(node: Node) -> str | None:
     return None
 
 
+def is_pointwise(node: Node) -> bool:
+    """Whether Inductor computes each element of a node from one element of each input."""
+    kinds = ("pointwise", "halves", "conversion")
+    is_op = isinstance(node.target, torch._ops.OpOverload)
+    return is_op and any(_name(node) in ALLOWED[kind][1] for kind in kinds)
+
+
 def _name(node: Node) -> str:
     return _op_name(node.target)
 

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from bicompile import registry
 from bicompile.options import Options
 from bicompile.passes.canonicalize import canonicalize
+from bicompile.passes.replace import replace
 from bicompile.passes.rules import OVER_THE_BATCH, RULES
 from bicompile.pipeline import OPTIONAL, Run
 from bicompile.report import Report
@@ -88,7 +89,6 @@ RULE_CASES = {
     aten.cumprod.default: (lambda t: t.cumprod(-1), B),
     aten.logcumsumexp.default: (lambda t: t.logcumsumexp(0), B),
     aten._softmax.default: (lambda t: F.softmax(t, 1), B),
-    aten._log_softmax.default: (lambda t: F.log_softmax(t, -1), B),
     aten.native_layer_norm.default: (nn.LayerNorm((5, 8)), B),
     aten.native_group_norm.default: (nn.GroupNorm(2, 8), x(3, 8, 5)),
     aten._fused_rms_norm.default: (
@@ -141,11 +141,6 @@ RULE_CASES = {
     aten.topk.default: (lambda t: tuple(torch.topk(t, 3)), M),
     aten._softmax_backward_data.default: (
         lambda g, y: aten._softmax_backward_data(g, y.softmax(1), 1, torch.float32),
-        B,
-        B,
-    ),
-    aten._log_softmax_backward_data.default: (
-        lambda g, y: aten._log_softmax_backward_data(g, y.log_softmax(-1), -1, torch.float32),
         B,
         B,
     ),
@@ -223,6 +218,27 @@ def test_sum_with_a_dtype(dtype):
 
     _, _, result, expected = rewrite(narrow_and_wide, x(5, 80, dtype=dtype))
     torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("keepdim", [True, False])
+@pytest.mark.parametrize(
+    ("function", "moved"),
+    [
+        (lambda t, k: (t * 2).sum([0, 1], keepdim=k), True),
+        (lambda t, k: (t * 2).mean(1, keepdim=k), True),
+        (lambda t, k: (t * 2).sum([1, 2], keepdim=k), False),
+        (lambda t, k: (t * 2).sum(keepdim=k, dim=[0, 1, 2]), False),
+        (lambda t, k: t.sum(0, keepdim=k), False),
+    ],
+    ids="columns middle rows all given".split(),
+)
+def test_terms_are_written_side_by_side_for_a_gpu(function, moved, keepdim):
+    with FakeTensorMode():
+        t = torch.empty(3, 5, 8, device="cuda")
+        gm = make_fx(lambda t: function(t, keepdim))(t)
+        replace(gm, run=Run(Options.parse({}, passes=OPTIONAL), Report("test")))
+        assert count(gm, aten.clone.default) == moved
+        assert gm(t).shape == function(t, keepdim).shape
 
 
 def test_mixed_dtypes_in_layer_norm():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import getitem
+from functools import reduce
+from operator import getitem, mul
 from typing import Any
 
 import torch
@@ -35,6 +37,12 @@ class Rule:
 def size(emit, x, dim, known):
     """A size as an argument of a view: the number, or the node that computes it."""
     return known if isinstance(known, int) else emit(aten.sym_size.int, x, dim)
+
+
+def product(emit, sizes):
+    """Of sizes, numbers and nodes."""
+    known = all(isinstance(n, int) for n in sizes)
+    return math.prod(sizes) if known else reduce(lambda a, b: emit(mul, a, b), sizes)
 
 
 def as_dtype(emit, x, dtype):

@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
-from bicompile.passes.rules.common import KERNELS, aten, cast, dims, outputs
+import torch
+
+from bicompile.graph import value
+from bicompile.passes.audit import is_pointwise
+from bicompile.passes.rules.common import KERNELS, aten, cast, dims, outputs, product, size
 
 
 def _reduction(name):
     def bind(emit, self, dim=None, keepdim=False, *, dtype=None):
         self, dtype = cast(emit, self, dtype)
-        return emit(KERNELS[name].op, self, dims(self, dim), keepdim, dtype)
+        axes = dims(self, dim)
+        rank = value(self).dim()
+        kept = [d for d in range(rank) if d not in axes]
+        if not _is_written_for_this(self, axes, kept):
+            return emit(KERNELS[name].op, self, axes, keepdim, dtype)
+        out = emit(KERNELS[name].op, _as_rows(emit, self, axes, kept), [len(kept)], False, dtype)
+        for d in axes if keepdim else ():
+            out = emit(aten.unsqueeze.default, out, d)
+        return out
 
     return bind
+
+
+def _is_written_for_this(x, axes, kept) -> bool:
+    """Whether Inductor writes x, and the terms of a sum would lie apart.
+
+    The kernels of a GPU read terms that lie side by side, and copy others first.
+    """
+    apart = bool(axes) and bool(kept) and axes[0] < kept[-1]
+    return apart and value(x).device.type == "cuda" and is_pointwise(x)
+
+
+def _as_rows(emit, x, axes, kept):
+    """x with the terms of each sum side by side, written so by whatever makes it."""
+    rows = emit(aten.permute.default, x, [*kept, *axes])
+    rows = emit(aten.clone.default, rows, memory_format=torch.contiguous_format)
+    sizes = [size(emit, x, d, n) for d, n in enumerate(value(x).shape)]
+    shape = [*(sizes[d] for d in kept), product(emit, [sizes[d] for d in axes])]
+    return emit(aten.view.default, rows, shape)  # a view keeps Inductor to this layout
 
 
 def _variance(name):

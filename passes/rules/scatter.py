@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from functools import reduce
-from operator import mul
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bicompile.graph import value
-from bicompile.passes.rules.common import KERNELS, aten, fill, prims, size
+from bicompile.passes.rules.common import KERNELS, aten, fill, prims, product, size
 
 
 def _index_add(emit, self, dim, index, source, *, alpha=1):
@@ -150,19 +148,13 @@ def _index_put(emit, self, indices, values, accumulate=False, unsafe=False):
     behind = ahead + len(places)
     order = [*range(ahead, behind), *range(ahead), *range(behind, len(places) + len(rest))]
     values = emit(aten.permute.default, values, order)
-    values = emit(aten.reshape.default, values, [_product(emit, places), *rest])
+    values = emit(aten.reshape.default, values, [product(emit, places), *rest])
     order = [*axes, *others]
     rows = emit(aten.permute.default, self, order)
-    rows = emit(aten.reshape.default, rows, [_product(emit, [lengths[d] for d in axes]), *rest])
+    rows = emit(aten.reshape.default, rows, [product(emit, [lengths[d] for d in axes]), *rest])
     out = _on_rows(emit, rows, emit(aten.reshape.default, index, [-1]), values)
     out = emit(aten.reshape.default, out, [lengths[d] for d in order])
     return emit(aten.permute.default, out, [order.index(d) for d in range(rank)])
-
-
-def _product(emit, sizes):
-    """Of numbers and nodes."""
-    known = all(isinstance(n, int) for n in sizes)
-    return math.prod(sizes) if known else reduce(lambda a, b: emit(mul, a, b), sizes)
 
 
 def _numbered(emit, given, lengths):
