@@ -34,22 +34,8 @@ A mask of integers says which key of its row each key is, from 1 (0: not seen). 
 counted from key 1, whether it is there or has left the cache: so the keys of a window that rolls
 are added in the order in which the whole prompt adds them.
 
-Gradients (`sdpa_backward`) keep nothing of the forward but its inputs. With `p` the weights divided
-by their sum, and `g` the gradient of the output::
-
-    t[j] = g @ value[j]                              # as a score: two fma chains
-    ds[j] = p[j] * (t[j] - sum(p * t)) * scale       # that sum: one chain over the keys, in double
-    dquery = sum over keys of ds[j] * key[j]         # one chain, from key 0 upwards
-    dkey[j] = sum over rows of ds[j] * query         # one chain: queries rising, the heads that
-    dvalue[j] = sum over rows of p[j] * g            # share a key head innermost
-
-(float32: those three in double, rounded once.)  On a GPU the chains are dots over tiles: of keys,
-counted from the first seen one, and of rows, counted from the first query (float32: a tile first,
-then the tiles).  Sinks and a cap have no gradient yet: `UnsupportedGradient`.
-
 Row law: a row reads its query and the keys and values it sees; no number of queries, length of a
-cache, block of rows or thread takes part.  The gradients of a key and a value read the queries of
-their own batch row; queries that do not see them, and keys elsewhere, change no bit.
+cache, block of rows or thread takes part.
 """
 
 from bicompile.kernels.attention import op

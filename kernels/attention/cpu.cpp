@@ -1,5 +1,7 @@
 // sdpa: whole rows of scores, exact maximum, one chain over the keys: see kernels/attention.
-#include "backward.h"
+#include "../common/wide.h"
+#include "mask.h"
+#include "products.h"
 
 namespace bic::simd {
 namespace {
@@ -199,10 +201,6 @@ class Attention {
   std::optional<Scratch<float>> packed_;
 };
 
-Tensor along_last(const Tensor& t) {
-  return t.size(3) > 1 && t.stride(3) != 1 ? torch::stable::contiguous(t) : t;
-}
-
 // A number for each head as float32; none where there are no sinks.
 std::vector<float> sink_of_heads(const std::optional<Tensor>& sinks, int64_t heads) {
   std::vector<float> out;
@@ -231,38 +229,10 @@ Tensor sdpa(const Tensor& query, const Tensor& key, const Tensor& value,
   return view;
 }
 
-std::tuple<Tensor, Tensor, Tensor> sdpa_backward(const Tensor& grad, const Tensor& query,
-                                                 const Tensor& key, const Tensor& value,
-                                                 std::optional<Tensor> attn_mask, bool is_causal,
-                                                 double scale) {
-  const auto like = [](const Tensor& t) {  // the memory of the forward's output
-    return empty(t, {t.size(0), t.size(2), t.size(1), t.size(3)});
-  };
-  const Tensor dq = like(query), dk = like(key), dv = like(value);
-  if (dq.numel() == 0 || dk.numel() == 0) {  // nothing meets
-    for (const Tensor& t : {dq, dk, dv})
-      dispatch(t.scalar_type(), [&](auto x) {
-        std::fill_n(mutable_data<decltype(x)>(t), t.numel(), from_float<decltype(x)>(0.f));
-      });
-  } else {
-    STD_TORCH_CHECK(key.size(1) > 0 && query.size(1) % key.size(1) == 0,
-                    "sdpa_backward: heads do not fit");
-    const Tensor g = along_last(grad), q = along_last(query), k = along_last(key),
-                 v = along_last(value);
-    const Mask mask(attn_mask, key.size(2));
-    dispatch(query.scalar_type(), [&](auto t) {
-      Gradients<decltype(t)>(g, q, k, v, dq, dk, dv, mask, is_causal, (float)scale).run();
-    });
-  }
-  const auto view = [](const Tensor& t) { return torch::stable::transpose(t, 1, 2); };
-  return {view(dq), view(dk), view(dv)};
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bicompile, CPU, m) {
   m.impl("sdpa", TORCH_BOX(&sdpa));
-  m.impl("sdpa_backward", TORCH_BOX(&sdpa_backward));
 }
 
 }  // namespace bic::simd

@@ -7,6 +7,11 @@
 
 namespace bic::simd {
 
+// [B, H, N, D] whose rows are read as they lie.
+inline Tensor along_last(const Tensor& t) {
+  return t.size(3) > 1 && t.stride(3) != 1 ? torch::stable::contiguous(t) : t;
+}
+
 constexpr int64_t kPanel = 64;  // keys side by side in a panel [D][64]
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

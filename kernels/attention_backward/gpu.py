@@ -1,0 +1,470 @@
+"""Triton kernels of the gradient of attention: the scores are computed again, without atomics.
+
+`query_kernel` owns queries of one head: first the maximum and the sum of the weights, online over
+tiles of keys counted from the first visible one; then the gradient of the query, one chain of dots
+over the same tiles.  `key_kernel` owns a tile of keys and walks the queries of one head of its
+group after the other, in rising order, one chain of dots for the keys and one for the values.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from bicompile.kernels.attention.masks import NO_KEY, mask_arguments, visible_range
+from bicompile.kernels.attention.tiles import LANES, _fold, _seen
+from bicompile.kernels.common.launch import after_others, launch
+from bicompile.kernels.common.trees import LOG2E, pair_tree, strides
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What a program owns (free), by how much it goes on (pinned), warps and stages (free)."""
+
+    own: int
+    step: int
+    warps: int
+    stages: int
+
+
+#: By bytes, for heads up to 64, 128, 256: `query_kernel` owns queries, `key_kernel` owns keys.
+TILES = {
+    2: (
+        (Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2)),
+        (Tiles(128, 64, 8, 3), Tiles(64, 32, 4, 3)),
+        (Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
+    ),
+    4: (
+        (Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
+        (Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+        (Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    ),
+}
+
+
+@triton.jit
+def _rows(X, n, there, stride, column_stride, D: tl.constexpr, DP: tl.constexpr):
+    """Rows n of a matrix, [N, DP]; what is not there is 0."""
+    d = tl.arange(0, DP)[None, :]
+    if D != DP:
+        there = there & (d < D)
+    return tl.load(X + n.to(tl.int64)[:, None] * stride + d * column_stride, there, other=0.0)
+
+
+@triton.jit
+def _finite(x, EDGE: tl.constexpr):
+    """x without NaN and inf: the other operand is NaN already where they are seen."""
+    if EDGE:
+        x = tl.where(x - x == 0.0, x, 0.0).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _dot(a, b):
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _add_dot(acc, a, b):
+    """acc + a @ b; in float32 the product of a tile first, so that a long chain loses no digits."""
+    if b.dtype == tl.float32:
+        # Triton makes acc the start of a dot that is added to it, unless the dot has a limit.
+        acc += tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=16)
+    else:
+        acc = tl.dot(a, b, acc)
+    return acc
+
+
+@triton.jit
+def _visible(
+    x, query, key, here, there, MASK, sms, MODE: tl.constexpr, BIAS: tl.constexpr,
+    EDGE: tl.constexpr,
+):  # fmt: skip
+    """Scores in units of log2, -inf where a key is not seen, and which are seen.
+
+    One of query and key is a column, the other a row; MASK has the shape of the query.  Not EDGE:
+    all keys of the tile are there and seen.
+    """
+    vis = here & there
+    if EDGE:
+        if MODE == "causal":
+            vis = vis & (key <= query)
+        elif MODE == "mask":
+            m = tl.load(MASK + key.to(tl.int64) * sms, mask=vis, other=0)
+            if BIAS:
+                m = m.to(tl.float32)
+                vis = vis & (m != float("-inf"))
+                x = x + m * LOG2E
+            else:
+                vis = vis & _seen(m)
+        x = tl.where(vis, x, float("-inf"))
+    return x, vis
+
+
+@triton.jit
+def _weights(x, top, over, vis, EDGE: tl.constexpr):
+    """Weights divided by their sum: of half types by way of its logarithm, which `top` has."""
+    if over is None:
+        p = tl.math.exp2(x - top)
+    else:
+        p = tl.math.exp2(x - top) * over
+    if EDGE:
+        p = tl.where(vis, p, 0.0)
+    return p
+
+
+@triton.jit
+def _add_weights(
+    m, sums, q, key0, K, S, query, here, MASK, sks, skd, sms, slope,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr,
+    BIAS: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """The maximum and the sums of the weights after one more tile of keys."""
+    key = key0 + tl.arange(0, BN)
+    there = (key >= 0) & (key < S) if EDGE else key >= key0
+    k = _rows(K, key, there[:, None], sks, skd, D, DP)
+    x = _dot(q, k.T) * slope
+    x, _ = _visible(
+        x, query[:, None], key[None, :], here[:, None], there[None, :], MASK, sms, MODE, BIAS, EDGE
+    )
+    m_new = tl.maximum(m, tl.max(x, 1))
+    top = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.math.exp2(x - top[:, None])
+    return m_new, sums * tl.math.exp2(m - top)[:, None] + _fold(p, BM, BN)
+
+
+@triton.jit
+def _add_keys(
+    acc, q, g, key0, K, V, S, query, here, top, over, dot, MASK, sks, skd, svs, svd, sms, slope,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr,
+    MODE: tl.constexpr, BIAS: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of queries after one more tile of keys."""
+    key = key0 + tl.arange(0, BN)
+    there = (key >= 0) & (key < S) if EDGE else key >= key0
+    k = _rows(K, key, there[:, None], sks, skd, D, DP)
+    v = _rows(V, key, there[:, None], svs, svd, DV, DVP)
+    x = _dot(q, k.T) * slope
+    x, vis = _visible(
+        x, query[:, None], key[None, :], here[:, None], there[None, :], MASK, sms, MODE, BIAS, EDGE
+    )
+    dp = _dot(g, v.T)
+    ds = _weights(x, top, over, vis, EDGE) * (dp - dot)
+    if EDGE:
+        ds = tl.where(vis, ds, 0.0)
+    return _add_dot(acc, ds.to(k.dtype), _finite(k, EDGE))
+
+
+@triton.jit
+def _whole_tiles(anchor, first_key, until, end, BN: tl.constexpr):
+    """Of the tiles from `anchor` to `end`: where those begin and end that every row sees whole."""
+    head = anchor + tl.maximum(first_key - anchor + BN - 1, 0) // BN * BN
+    full = anchor + tl.maximum(until - anchor, 0) // BN * BN
+    head = tl.where(full > head, head, anchor)
+    return head, tl.where(full > head, full, head)
+
+
+@triton.jit(do_not_specialize=["BH", "Q_LEN", "S", "rb", "rh", "rq"])
+def query_kernel(
+    GRAD, OUT, Q, K, V, MASK, VISIBLE, DQ, TOP, OVER, DOT, BH, Q_LEN, S, rb, rh, rq,
+    sgb, sgh, sgm, sgd, sob, soh, som, sod, sqb, sqh, sqm, sqd, skb, skh, sks, skd,
+    svb, svh, svs, svd, smb, smh, smq, sms, scale,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr,
+    DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    MODE: tl.constexpr, BIAS: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of BM queries, the last ones first; batch row x head).
+
+    With a mask there are two launches: APART, for tiles whose rows begin at different keys or have
+    holes, does nothing for the others, and the other way round.  (Triton serialises all dots of a
+    kernel that has both.)
+    """
+    after_others(PDL)
+    bh = tl.program_id(0) % BH
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    first = (tl.cdiv(Q_LEN, BM) - 1 - tl.program_id(0) // BH) * BM
+    query = first + tl.arange(0, BM)
+    here = query < Q_LEN
+    q = _rows(Q + b * sqb + h * sqh, query, here[:, None], sqm, sqd, D, DP)
+    g = _rows(GRAD + b * sgb + h * sgh, query, here[:, None], sgm, sgd, DV, DVP)
+    o = _rows(OUT + b * sob + h * soh, query, here[:, None], som, sod, DV, DVP)
+    K += b * skb + h // G * skh
+    V += b * svb + h // G * svh
+    mask = MASK + b * smb + h * smh + query.to(tl.int64)[:, None] * smq
+    slope = scale * LOG2E
+    start = tl.zeros([BM], tl.int32)
+    if MODE == "mask":
+        at = VISIBLE + b * rb + h * rh + query * rq
+        start = tl.load(at + 3, mask=here, other=NO_KEY)
+        first_key = tl.max(tl.load(at, mask=here, other=0), 0)
+        last = tl.load(at + 1, mask=here, other=-1)
+        whole = tl.load(at + 2, mask=here, other=1)
+        until = tl.min(tl.where(here, last, NO_KEY), 0) + 1
+        end = tl.max(last, 0) + 1
+        alike = (tl.min(whole, 0) > 0) & (tl.max(tl.where(here, start, 0), 0) == tl.min(start, 0))
+        mine = tl.where(alike, 0 if APART else 1, 1 if APART else 0) > 0
+        here = query < tl.where(mine, Q_LEN, 0)
+        start = tl.where(here, start, NO_KEY)
+        end = tl.where(mine, end, -NO_KEY)
+    elif MODE == "causal":
+        first_key, until, end = 0, tl.minimum(first, S), tl.minimum(S, first + BM)
+    else:
+        first_key, until, end = 0, S, S
+    W: tl.constexpr = LANES if BN > LANES else BN
+    m, sums = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM, W], tl.float32)
+    anchor = tl.min(start, 0)
+    head, full = _whole_tiles(anchor, first_key, until, end, BN)
+    if APART:
+        while anchor < NO_KEY:  # rows that begin here; the others stay as they are
+            for key0 in tl.range(anchor, end, BN, num_stages=1):
+                m, sums = _add_weights(
+                    m, sums, q, key0, K, S, query, here & (start == anchor), mask, sks, skd, sms,
+                    slope, D, DP, BM, BN, MODE, BIAS, True,
+                )  # fmt: skip
+            anchor = tl.min(tl.where(start > anchor, start, NO_KEY), 0)
+    else:
+        if MODE == "mask":
+            for key0 in tl.range(anchor, head, BN, num_stages=1):
+                m, sums = _add_weights(
+                    m, sums, q, key0, K, S, query, here, mask, sks, skd, sms, slope,
+                    D, DP, BM, BN, MODE, BIAS, True,
+                )  # fmt: skip
+        for key0 in tl.range(head, full, BN, num_stages=STAGES):
+            m, sums = _add_weights(
+                m, sums, q, key0, K, S, query, here, mask, sks, skd, sms, slope,
+                D, DP, BM, BN, MODE, BIAS, False,
+            )  # fmt: skip
+        for key0 in tl.range(full, end, BN, num_stages=1):
+            m, sums = _add_weights(
+                m, sums, q, key0, K, S, query, here, mask, sks, skd, sms, slope,
+                D, DP, BM, BN, MODE, BIAS, True,
+            )  # fmt: skip
+    total = pair_tree(sums, BM, W)
+    top = tl.where(m == float("-inf"), 0.0, m)
+    product = g.to(tl.float32) * o.to(tl.float32)
+    LANES_OF_HEAD: tl.constexpr = LANES if DVP > LANES else DVP
+    dot = pair_tree(_fold(product, BM, DVP), BM, LANES_OF_HEAD)
+    at = bh.to(tl.int64) * Q_LEN + query
+    if q.dtype == tl.float32:
+        over = tl.where(total == 0.0, 0.0, tl.div_rn(1.0, total))
+        tl.store(OVER + at, over, mask=here)
+        over = over[:, None]
+    else:
+        top = top + tl.where(total == 0.0, 0.0, tl.math.log2(total))
+        over = None
+    tl.store(TOP + at, top, mask=here)
+    tl.store(DOT + at, dot, mask=here)
+    top, dot = top[:, None], dot[:, None]
+    acc = tl.zeros([BM, DP], tl.float32)
+    if APART:
+        anchor = tl.min(start, 0)
+        while anchor < NO_KEY:
+            for key0 in tl.range(anchor, end, BN, num_stages=1):
+                acc = _add_keys(
+                    acc, q, g, key0, K, V, S, query, here & (start == anchor), top, over, dot,
+                    mask, sks, skd, svs, svd, sms, slope, D, DV, DP, DVP, BN, MODE, BIAS, True,
+                )  # fmt: skip
+            anchor = tl.min(tl.where(start > anchor, start, NO_KEY), 0)
+    else:
+        if MODE == "mask":
+            for key0 in tl.range(anchor, head, BN, num_stages=1):
+                acc = _add_keys(
+                    acc, q, g, key0, K, V, S, query, here, top, over, dot, mask,
+                    sks, skd, svs, svd, sms, slope, D, DV, DP, DVP, BN, MODE, BIAS, True,
+                )  # fmt: skip
+        for key0 in tl.range(head, full, BN, num_stages=STAGES):
+            acc = _add_keys(
+                acc, q, g, key0, K, V, S, query, here, top, over, dot, mask,
+                sks, skd, svs, svd, sms, slope, D, DV, DP, DVP, BN, MODE, BIAS, False,
+            )  # fmt: skip
+        for key0 in tl.range(full, end, BN, num_stages=1):
+            acc = _add_keys(
+                acc, q, g, key0, K, V, S, query, here, top, over, dot, mask,
+                sks, skd, svs, svd, sms, slope, D, DV, DP, DVP, BN, MODE, BIAS, True,
+            )  # fmt: skip
+    d = tl.arange(0, DP)[None, :]
+    out = DQ + ((b * Q_LEN + query) * H + h)[:, None] * D + d
+    tl.store(out, (acc * scale + 0.0).to(DQ.dtype.element_ty), mask=here[:, None] & (d < D))
+
+
+@triton.jit
+def _add_queries(
+    dk, dv, k, v, first, Q, GRAD, Q_LEN, key, there, TOP, OVER, DOT, MASK,
+    sqm, sqd, sgm, sgd, smq, sms, slope,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr,
+    MODE: tl.constexpr, BIAS: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """The gradients of keys and values after one more tile of queries."""
+    query = first + tl.arange(0, BM)
+    here = query < Q_LEN if EDGE else query >= first
+    q = _rows(Q, query, here[:, None], sqm, sqd, D, DP)
+    g = _rows(GRAD, query, here[:, None], sgm, sgd, DV, DVP)
+    top = tl.load(TOP + query, mask=here, other=0.0)[None, :]
+    dot = tl.load(DOT + query, mask=here, other=0.0)[None, :]
+    over = None
+    if q.dtype == tl.float32:
+        over = tl.load(OVER + query, mask=here, other=0.0)[None, :]
+    mask = MASK + query.to(tl.int64)[None, :] * smq
+    x = _dot(k, q.T) * slope
+    x, vis = _visible(
+        x, query[None, :], key[:, None], here[None, :], there[:, None], mask, sms, MODE, BIAS, EDGE
+    )
+    p = _weights(x, top, over, vis, EDGE)
+    ds = p * (_dot(v, g.T) - dot)
+    if EDGE:
+        ds = tl.where(vis, ds, 0.0)
+        wild = tl.max((g - g != 0.0).to(tl.int32), 1) > 0
+        p = tl.where(vis & wild[None, :], float("nan"), p)
+    dv = _add_dot(dv, p.to(g.dtype), _finite(g, EDGE))
+    dk = _add_dot(dk, ds.to(q.dtype), _finite(q, EDGE))
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["Q_LEN", "rb", "rh", "rq"])
+def span_kernel(
+    VISIBLE, SPANS, Q_LEN, TILES, HEADS, rb, rh, rq,
+    BM: tl.constexpr, BN: tl.constexpr, N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of BN keys x row of masks): queries that see it, and that see all of it.
+
+    The first tile of queries that sees any of these keys, the run of tiles that see all of them
+    (the first such run), and the end of the last tile that sees any.
+    """
+    after_others(PDL)
+    tile, mask = tl.program_id(0) % TILES, tl.program_id(0) // TILES
+    low, high = tile * BN, tile * BN + BN - 1
+    at = VISIBLE + (mask // HEADS).to(tl.int64) * rb + (mask % HEADS).to(tl.int64) * rh
+    start, head, full, end = NO_KEY, NO_KEY, Q_LEN, 0
+    for row0 in range(0, Q_LEN, N * BM):
+        i = row0 + tl.arange(0, N) * BM
+        row = i[:, None] + tl.arange(0, BM)[None, :]
+        there = row < Q_LEN
+        first = tl.load(at + row * rq, mask=there, other=NO_KEY)
+        last = tl.load(at + row * rq + 1, mask=there, other=-1)
+        whole = tl.load(at + row * rq + 2, mask=there, other=0)
+        seen = tl.max(((first <= high) & (last >= low)).to(tl.int32), 1) > 0
+        all = tl.min(((first <= low) & (last >= high) & (whole > 0)).to(tl.int32), 1) > 0
+        start = tl.minimum(start, tl.min(tl.where(seen, i, NO_KEY), 0))
+        end = tl.maximum(end, tl.max(tl.where(seen, i + BM, 0), 0))
+        head = tl.minimum(head, tl.min(tl.where(all, i, NO_KEY), 0))
+        full = tl.minimum(full, tl.min(tl.where((i > head) & (all == 0), i, NO_KEY), 0))
+    full = tl.minimum(end, full)
+    out = SPANS + tl.program_id(0) * 4
+    tl.store(out, tl.minimum(start, end))
+    tl.store(out + 1, tl.minimum(head, end))
+    tl.store(out + 2, full)
+    tl.store(out + 3, end)
+
+
+@triton.jit(do_not_specialize=["BH", "Q_LEN", "S", "rb", "rh"])
+def key_kernel(
+    GRAD, Q, K, V, MASK, SPANS, TOP, OVER, DOT, DK, DVALUE, BH, Q_LEN, S, rb, rh,
+    sgb, sgh, sgm, sgd, sqb, sqh, sqm, sqd, skb, skh, sks, skd, svb, svh, svs, svd,
+    smb, smh, smq, sms, scale,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr,
+    DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    MODE: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of BN keys, the first ones first; batch row x key head)."""
+    after_others(PDL)
+    bh = tl.program_id(0) % BH
+    b, kh = (bh // (H // G)).to(tl.int64), (bh % (H // G)).to(tl.int64)
+    key0 = tl.program_id(0) // BH * BN
+    key = key0 + tl.arange(0, BN)
+    there = key < S
+    k = _rows(K + b * skb + kh * skh, key, there[:, None], sks, skd, D, DP)
+    v = _rows(V + b * svb + kh * svh, key, there[:, None], svs, svd, DV, DVP)
+    slope = scale * LOG2E
+    start, head, full, end = 0, 0, Q_LEN // BM * BM, Q_LEN
+    if MODE == "causal":  # rows before see none of these keys
+        start = key0 // BM * BM
+        head = tl.cdiv(key0 + BN, BM) * BM
+    if key0 + BN > S:  # no query sees the whole tile
+        full = 0
+    dk, dv = tl.zeros([BN, DP], tl.float32), tl.zeros([BN, DVP], tl.float32)
+    for i in range(G):
+        h = kh * G + i
+        Q_of, G_of = Q + b * sqb + h * sqh, GRAD + b * sgb + h * sgh
+        mask = MASK + b * smb + h * smh
+        at = (b * H + h) * Q_LEN
+        if MODE == "mask":
+            span = SPANS + (b * rb + h * rh + key0 // BN) * 4
+            start, head = tl.load(span), tl.load(span + 1)
+            full, end = tl.load(span + 2), tl.load(span + 3)
+        head = tl.where(full > head, head, end)
+        full = tl.maximum(full, head)
+        for row in tl.range(start, tl.minimum(head, end), BM, num_stages=1):
+            dk, dv = _add_queries(
+                dk, dv, k, v, row, Q_of, G_of, Q_LEN, key, there, TOP + at, OVER + at, DOT + at,
+                mask, sqm, sqd, sgm, sgd, smq, sms, slope, D, DV, DP, DVP, BM, MODE, BIAS, True,
+            )  # fmt: skip
+        for row in tl.range(head, full, BM, num_stages=STAGES):
+            dk, dv = _add_queries(
+                dk, dv, k, v, row, Q_of, G_of, Q_LEN, key, there, TOP + at, OVER + at, DOT + at,
+                mask, sqm, sqd, sgm, sgd, smq, sms, slope, D, DV, DP, DVP, BM, MODE, BIAS, False,
+            )  # fmt: skip
+        for row in tl.range(full, end, BM, num_stages=1):
+            dk, dv = _add_queries(
+                dk, dv, k, v, row, Q_of, G_of, Q_LEN, key, there, TOP + at, OVER + at, DOT + at,
+                mask, sqm, sqd, sgm, sgd, smq, sms, slope, D, DV, DP, DVP, BM, MODE, BIAS, True,
+            )  # fmt: skip
+    d, e = tl.arange(0, DP)[None, :], tl.arange(0, DVP)[None, :]
+    out = ((b * S + key) * (H // G) + kh)[:, None]
+    here = there[:, None] & (d < D)
+    tl.store(DK + out * D + d, (dk * scale + 0.0).to(DK.dtype.element_ty), mask=here)
+    here = there[:, None] & (e < DV)
+    tl.store(DVALUE + out * DV + e, (dv + 0.0).to(DVALUE.dtype.element_ty), mask=here)
+
+
+def _spans(visible, q_len, tiles, t):
+    """For each tile of keys the rows that see it (see `span_kernel`), and strides in tiles."""
+    batch, heads = visible.shape[:2]
+    out = torch.empty((batch, heads, tiles, 4), dtype=torch.int32, device=visible.device)
+    launch(
+        span_kernel, batch * heads * tiles, visible, out, q_len, tiles, heads,
+        *strides(visible)[:3], BM=t.step, BN=t.own, N=4096 // t.step, num_warps=8,
+    )  # fmt: skip
+    return out, (0 if batch == 1 else heads * tiles, 0 if heads == 1 else tiles)
+
+
+def sdpa_backward(grad, out, query, key, value, attn_mask, is_causal, scale, tiles=None):
+    """Gradients of sdpa with respect to query, key and value; their memory is [B, N, H, D]."""
+    b, h, q_len, d = query.shape
+    hkv, s, dv = key.shape[1], key.shape[2], value.shape[3]
+    found = [torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format)
+             for t in (query, key, value)]  # fmt: skip
+    if query.numel() == 0 or key.numel() == 0:
+        return tuple(t.zero_().transpose(1, 2) for t in found)
+    dp, dvp = (max(16, triton.next_power_of_2(n)) for n in (d, dv))
+    size = max(0, max(dp, dvp).bit_length() - 7)
+    of_queries, of_keys = tiles or TILES[query.element_size()][size]
+    arrays, numbers = (query, query), (0,) * 7
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*attn_mask.shape[:-1], s)
+        arrays, numbers = mask_arguments(attn_mask, visible_range(attn_mask), (b, h, q_len, s))
+    stats = [torch.empty(b * h * q_len, dtype=torch.float32, device=query.device) for _ in "123"]
+    steps = [n for t in (query, key, value) for n in strides(t)]
+    options = {
+        "H": h, "G": h // hkv, "D": d, "DV": dv, "DP": dp, "DVP": dvp,
+        "MODE": "mask" if attn_mask is not None else "causal" if is_causal else "all",
+        "BIAS": attn_mask is not None and attn_mask.is_floating_point(),
+    }  # fmt: skip
+    t = of_queries
+    for apart in (False, True) if attn_mask is not None else (False,):
+        launch(
+            query_kernel, triton.cdiv(q_len, t.own) * b * h, grad, out, query, key, value, *arrays,
+            found[0], *stats, b * h, q_len, s, *numbers[:3], *strides(grad), *strides(out), *steps,
+            *numbers[3:], float(scale), **options, APART=apart,
+            BM=t.own, BN=t.step, STAGES=t.stages, num_warps=t.warps,
+        )  # fmt: skip
+    t = of_keys
+    spans, spans_steps = query, (0, 0)
+    if attn_mask is not None:
+        spans, spans_steps = _spans(arrays[1], q_len, triton.cdiv(s, t.own), t)
+    launch(
+        key_kernel, triton.cdiv(s, t.own) * b * hkv, grad, query, key, value, arrays[0], spans,
+        *stats, *found[1:], b * hkv, q_len, s, *spans_steps, *strides(grad), *steps, *numbers[3:],
+        float(scale), **options, BM=t.step, BN=t.own, STAGES=t.stages, num_warps=t.warps,
+    )  # fmt: skip
+    return tuple(t.transpose(1, 2) for t in found)
