@@ -219,10 +219,7 @@ class Gradients {
       double a[kLanes] = {};
       const int64_t m = std::min(kLanes, n - i);
       for (int64_t j = 0; j < keys; j++)
-        for (int64_t r = 0; r < m; r++) {
-          const float w = p[(i + r) * ld + j];
-          if (as_word(w) != as_word(kMasked)) a[r] += w;
-        }
+        for (int64_t r = 0; r < m; r++) a[r] += p[(i + r) * ld + j];  // masked: -0 adds nothing
       for (int64_t r = 0; r < m; r++) sum[i + r] = a[r] == 0.0 ? 1.f : (float)a[r];
     }
   }

@@ -83,15 +83,15 @@ MUTANTS = (
     ),
     Mutant(
         "the gradient of a masked key is added",
-        "kernels/attention/backward.h",
-        "          if (as_word(w) == as_word(kMasked)) continue;\n",
+        "kernels/attention_backward/cpu.cpp",
+        "        if (as_word(w[m * ld + i]) != as_word(kMasked))\n",
         "",
         "NaN in a masked key reaches the gradient of a row",
         GRADIENTS,
     ),
     Mutant(
         "rows that are not finite are added whole",
-        "kernels/attention/backward.h",
+        "kernels/attention_backward/cpu.cpp",
         "if (x.finite) return add_products(",
         "return add_products(",
         "NaN in a masked key reaches the gradient of a row",

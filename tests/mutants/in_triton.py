@@ -7,6 +7,7 @@ from .mutant import Mutant
 ROWS = ("tests/test_triton_rows.py",)
 MATMUL = ("tests/test_triton_matmul.py",)
 ATTENTION = ("tests/test_triton_attention.py",)
+ATTENTION_GRADIENTS = (*ATTENTION, "-k", "gradients")
 SCAN = ("tests/test_triton_scan.py",)
 
 MUTANTS = (
@@ -57,6 +58,22 @@ MUTANTS = (
         "        total = block_sum(e, R, J, L)[:, None, None]",
         "rows of one block have another rounding than long ones",
         ROWS,
+    ),
+    Mutant(
+        "the gradient of a query has no holes",
+        "kernels/attention_backward/gpu.py",
+        "        alike = (tl.min(whole, 0) > 0) & (",
+        "        alike = (tl.min(whole, 0) > -1) & (",
+        "keys within the range of a row are added though its mask leaves them out",
+        ATTENTION_GRADIENTS,
+    ),
+    Mutant(
+        "the gradient of a key has no holes",
+        "kernels/attention_backward/gpu.py",
+        "(last >= high) & (whole > 0)",
+        "(last >= high) & (whole > -1)",
+        "queries are added though their mask leaves the key out",
+        ATTENTION_GRADIENTS,
     ),
     Mutant(
         "blocks of a scan follow the rows",
