@@ -84,7 +84,7 @@ def test_gradients_of_attention_compile(compiled, masked, dtype, size):
 
     q, k = (torch.zeros(1, h, 64, size, dtype=dtype) for h in (4, 2))
     mask = torch.ones(64, 64, dtype=torch.bool) if masked else None
-    gpu.sdpa_backward(q, q, q, k, k, mask, not masked, 0.125)
+    gpu.sdpa_backward(q, q, k, k, mask, not masked, 0.125)
     assert {"query_kernel", "key_kernel"} <= set(compiled)
     if dtype is torch.bfloat16:
         assert _operand_layouts(compiled["query_kernel"]) <= {2}

@@ -191,12 +191,10 @@ def attention(call: Call) -> list[Value]:
 
 def attention_gradients(call: Call) -> list[Value]:
     """The queries of a batch entry and head meet its keys, and these meet all of its queries."""
-    query, key, value, grad, out = (call[n] for n in ("query", "key", "value", "grad", "out"))
+    query, key, value, grad = (call[n] for n in ("query", "key", "value", "grad"))
     lead = [
-        join(join(join(_heads(q, k), _heads(q, v)), g), o)
-        for q, k, v, g, o in zip(
-            *(t.axes[:-2] for t in (query, key, value, grad, out)), strict=True
-        )
+        join(join(_heads(q, k), _heads(q, v)), g)
+        for q, k, v, g in zip(*(t.axes[:-2] for t in (query, key, value, grad)), strict=True)
     ]
     queries, keys = query.axes[-2], join(key.axes[-2], value.axes[-2])
     mask = call.get("attn_mask")

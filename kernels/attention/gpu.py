@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from bicompile.kernels.attention.gradients import sdpa_backward as sdpa_backward
 from bicompile.kernels.attention.masks import FAR, NO_KEY, mask_arguments, visible_range
 from bicompile.kernels.attention.schedules import schedule, splits
 from bicompile.kernels.attention.tiles import attend, finish, merge_run, opaque, with_sink

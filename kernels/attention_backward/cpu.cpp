@@ -1,4 +1,4 @@
-// The gradient of sdpa, in the order of kernels/attention_backward.
+// The gradient of sdpa, in the order of kernels/attention_backward: nothing but inputs is kept.
 #include <type_traits>
 
 #include "../attention/mask.h"
@@ -85,10 +85,10 @@ class Gradients {
   using Sum = std::conditional_t<std::is_same_v<T, float>, double, float>;
 
  public:
-  Gradients(const Tensor& grad, const Tensor& out, const Tensor& q, const Tensor& k,
-            const Tensor& v, const Tensor& dq, const Tensor& dk, const Tensor& dv,
-            const Mask& mask, bool causal, float scale)
-      : grad_(grad), out_(out), q_(q), k_(k), v_(v), dq_(mutable_data<T>(dq)), dk_(mutable_data<T>(dk)),
+  Gradients(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
+            const Tensor& dq, const Tensor& dk, const Tensor& dv, const Mask& mask, bool causal,
+            float scale)
+      : grad_(grad), q_(q), k_(k), v_(v), dq_(mutable_data<T>(dq)), dk_(mutable_data<T>(dk)),
         dv_(mutable_data<T>(dv)), mask_(mask), causal_(causal), scale_(scale), B_(q.size(0)),
         H_(q.size(1)), Q_(q.size(2)), G_(k.size(1)), S_(k.size(2)), group_(H_ / G_),
         rows_(Q_ * group_), top_(B_ * G_ * rows_), sum_(B_ * G_ * rows_), dot_(B_ * G_ * rows_) {}
@@ -138,13 +138,11 @@ class Gradients {
     const Keys range = seen(b, kh, r0, r1);
     const int64_t start = range.empty() ? 0 : range.begin / kPanel * kPanel;
     const int64_t end = range.empty() ? 0 : range.end, ld = round_up(end - start, kPanel) + W;
-    const Scratch<float> s(n * ld), t(n * ld), x(n * q_.padded), y(n * v_.padded), o(v_.padded);
-    const Scratch<Sum> sums(n * q_.padded);
+    const Scratch<float> s(n * ld), t(n * ld), x(n * q_.padded), y(n * v_.padded);
+    const Scratch<Sum> o(n * q_.padded);
     for (int64_t i = 0; i < n; i++) {
       widen_query(b, kh, r0 + i, x + i * q_.padded);
       widen_grad(b, kh, r0 + i, y + i * v_.padded);
-      out_.widen(b, head(kh, r0 + i), query(r0 + i), o);
-      dot_[at + i] = dot(y + i * v_.padded, o, v_.size);
     }
     Block key(q_.padded), value(v_.padded);
     for (int64_t j = start; j < end; j += kPanel) {
@@ -161,22 +159,22 @@ class Gradients {
       const int64_t stop = own.empty() ? 0 : own.end - start;
       top_[at + i] = weigh(s + i * ld, ld - W, stop, mask_.given() ? (float*)mask : nullptr);
     }
-    totals(s, ld, n, end - start, sum_ + at);
+    totals(s, t, ld, n, end - start, sum_ + at, dot_ + at);
     for (int64_t i = 0; i < n; i++)
       for (int64_t j = 0; j < ld - W; j += W)
         store_raw(s + i * ld + j, slope(load(s + i * ld + j), load(t + i * ld + j),
                                         splat(sum_[at + i]), splat(dot_[at + i])));
-    std::fill_n((Sum*)sums, n * q_.padded, Sum{0});
+    std::fill_n((Sum*)o, n * q_.padded, Sum{0});
     for (int64_t j = start; j < end; j += kPanel) {
       const int64_t count = std::min(kPanel, end - j);
       key.read(count, q_.size, false, [&](int64_t i, float* out) {
         return k_.widen(b, kh, j + i, out);
       });
-      add(s + (j - start), ld, n, key, count, sums);
+      add(s + (j - start), ld, n, key, count, o);
     }
     for (int64_t i = 0; i < n; i++) {
       T* out = dq_ + ((b * Q_ + query(r0 + i)) * H_ + head(kh, r0 + i)) * q_.size;
-      write(sums + i * q_.padded, q_.size, out);
+      write(o + i * q_.padded, q_.size, out);
     }
   }
 
@@ -205,22 +203,24 @@ class Gradients {
   static i32x16 hidden(f32x16 p) { return as_int(p) < splat_int(as_word(kMasked) + 1); }
   static int32_t as_word(float x) { return bit_cast<int32_t>(x); }
 
-  // sum g * o over the columns, in double.
-  static float dot(const float* g, const float* o, int64_t size) {
-    double sum = 0.0;
-    for (int64_t d = 0; d < size; d++) sum += (double)g[d] * o[d];
-    return (float)sum;
-  }
-
-  // sum p over the keys, one chain in double, for 8 rows at a time.
-  static void totals(const float* p, int64_t ld, int64_t n, int64_t keys, float* sum) {
+  // sum p and sum p * t / sum p over the keys, one chain each in double, for 8 rows at a time.
+  static void totals(const float* p, const float* t, int64_t ld, int64_t n, int64_t keys,
+                     float* sum, float* dot) {
     constexpr int64_t kLanes = 8;
     for (int64_t i = 0; i < n; i += kLanes) {
-      double a[kLanes] = {};
+      double a[kLanes] = {}, b[kLanes] = {};
       const int64_t m = std::min(kLanes, n - i);
       for (int64_t j = 0; j < keys; j++)
-        for (int64_t r = 0; r < m; r++) a[r] += p[(i + r) * ld + j];  // masked: -0 adds nothing
-      for (int64_t r = 0; r < m; r++) sum[i + r] = a[r] == 0.0 ? 1.f : (float)a[r];
+        for (int64_t r = 0; r < m; r++) {
+          const float w = p[(i + r) * ld + j];
+          if (as_word(w) == as_word(kMasked)) continue;
+          a[r] += w;
+          b[r] += (double)w * t[(i + r) * ld + j];
+        }
+      for (int64_t r = 0; r < m; r++) {
+        sum[i + r] = a[r] == 0.0 ? 1.f : (float)a[r];
+        dot[i + r] = a[r] == 0.0 ? 0.f : (float)(b[r] / a[r]);
+      }
     }
   }
 
@@ -313,18 +313,17 @@ class Gradients {
       }
   }
 
-  const Heads<T> grad_, out_, q_, k_, v_;
+  const Heads<T> grad_, q_, k_, v_;
   T *dq_, *dk_, *dv_;
   const Mask& mask_;
   bool causal_;
   float scale_;
   int64_t B_, H_, Q_, G_, S_, group_, rows_;
-  Scratch<float> top_, sum_, dot_;  // of each row: centre, sum of weights, sum of grad * out
+  Scratch<float> top_, sum_, dot_;  // of each row: centre, sum of weights, sum of weight * t
 };
 
-std::tuple<Tensor, Tensor, Tensor> sdpa_backward(const Tensor& grad, const Tensor& out,
-                                                 const Tensor& query, const Tensor& key,
-                                                 const Tensor& value,
+std::tuple<Tensor, Tensor, Tensor> sdpa_backward(const Tensor& grad, const Tensor& query,
+                                                 const Tensor& key, const Tensor& value,
                                                  std::optional<Tensor> attn_mask, bool is_causal,
                                                  double scale) {
   const auto like = [](const Tensor& t) {  // the memory of the forward's output
@@ -339,11 +338,11 @@ std::tuple<Tensor, Tensor, Tensor> sdpa_backward(const Tensor& grad, const Tenso
   } else {
     STD_TORCH_CHECK(key.size(1) > 0 && query.size(1) % key.size(1) == 0,
                     "sdpa_backward: heads do not fit");
-    const Tensor g = along_last(grad), o = along_last(out), q = along_last(query),
-                 k = along_last(key), v = along_last(value);
+    const Tensor g = along_last(grad), q = along_last(query), k = along_last(key),
+                 v = along_last(value);
     const Mask mask(attn_mask, key.size(2));
     dispatch(query.scalar_type(), [&](auto t) {
-      Gradients<decltype(t)>(g, o, q, k, v, dq, dk, dv, mask, is_causal, (float)scale).run();
+      Gradients<decltype(t)>(g, q, k, v, dq, dk, dv, mask, is_causal, (float)scale).run();
     });
   }
   const auto view = [](const Tensor& t) { return torch::stable::transpose(t, 1, 2); };

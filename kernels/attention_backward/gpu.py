@@ -1,9 +1,13 @@
 """Triton kernels of the gradient of attention: the scores are computed again, without atomics.
 
-`query_kernel` owns queries of one head: first the maximum and the sum of the weights, online over
-tiles of keys counted from the first visible one; then the gradient of the query, one chain of dots
-over the same tiles.  `key_kernel` owns a tile of keys and walks the queries of one head of its
-group after the other, in rising order, one chain of dots for the keys and one for the values.
+These are for half types, on tensor cores; float32, whose products are exact and slow, has kernels
+of its own in `bicompile.kernels.attention.gradients`.
+
+`query_kernel` owns queries of one head: first the maximum, the sum of the weights and the sum of
+weight times its gradient, online over tiles of keys counted from the first visible one; then the
+gradient of the query, one chain of dots over the same tiles.  `key_kernel` owns a tile of keys and
+walks the queries of one head of its group after the other, in rising order, one chain of dots for
+the keys and one for the values.
 """
 
 from dataclasses import dataclass
@@ -12,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from bicompile.kernels.attention.gradients import sdpa_backward as of_float32
 from bicompile.kernels.attention.masks import NO_KEY, mask_arguments, visible_range
 from bicompile.kernels.attention.tiles import LANES, _fold, _seen
 from bicompile.kernels.common.launch import after_others, launch
@@ -28,19 +33,12 @@ class Tiles:
     stages: int
 
 
-#: By bytes, for heads up to 64, 128, 256: `query_kernel` owns queries, `key_kernel` owns keys.
-TILES = {
-    2: (
-        (Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2)),
-        (Tiles(128, 64, 8, 3), Tiles(64, 32, 4, 3)),
-        (Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
-    ),
-    4: (
-        (Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
-        (Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
-        (Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-    ),
-}
+#: For heads up to 64, 128, 256: `query_kernel` owns queries, `key_kernel` owns keys.
+TILES = (
+    (Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2)),
+    (Tiles(128, 64, 8, 3), Tiles(64, 32, 4, 3)),
+    (Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
+)
 
 
 @triton.jit
@@ -58,22 +56,6 @@ def _finite(x, EDGE: tl.constexpr):
     if EDGE:
         x = tl.where(x - x == 0.0, x, 0.0).to(x.dtype)
     return x
-
-
-@triton.jit
-def _dot(a, b):
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
-def _add_dot(acc, a, b):
-    """acc + a @ b; in float32 the product of a tile first, so that a long chain loses no digits."""
-    if b.dtype == tl.float32:
-        # Triton makes acc the start of a dot that is added to it, unless the dot has a limit.
-        acc += tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=16)
-    else:
-        acc = tl.dot(a, b, acc)
-    return acc
 
 
 @triton.jit
@@ -103,12 +85,9 @@ def _visible(
 
 
 @triton.jit
-def _weights(x, top, over, vis, EDGE: tl.constexpr):
-    """Weights divided by their sum: of half types by way of its logarithm, which `top` has."""
-    if over is None:
-        p = tl.math.exp2(x - top)
-    else:
-        p = tl.math.exp2(x - top) * over
+def _weights(x, top, vis, EDGE: tl.constexpr):
+    """Weights divided by their sum, by way of its logarithm, which `top` has."""
+    p = tl.math.exp2(x - top)
     if EDGE:
         p = tl.where(vis, p, 0.0)
     return p
@@ -116,27 +95,32 @@ def _weights(x, top, over, vis, EDGE: tl.constexpr):
 
 @triton.jit
 def _add_weights(
-    m, sums, q, key0, K, S, query, here, MASK, sks, skd, sms, slope,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr,
-    BIAS: tl.constexpr, EDGE: tl.constexpr,
+    m, sums, dots, q, g, key0, K, V, S, query, here, MASK, sks, skd, svs, svd, sms, slope,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, MODE: tl.constexpr, BIAS: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """The maximum and the sums of the weights after one more tile of keys."""
+    """The maximum, the sums of weights and of weight times gradient after one more tile of keys."""
     key = key0 + tl.arange(0, BN)
     there = (key >= 0) & (key < S) if EDGE else key >= key0
     k = _rows(K, key, there[:, None], sks, skd, D, DP)
-    x = _dot(q, k.T) * slope
-    x, _ = _visible(
+    v = _rows(V, key, there[:, None], svs, svd, DV, DVP)
+    x = tl.dot(q, k.T) * slope
+    x, vis = _visible(
         x, query[:, None], key[None, :], here[:, None], there[None, :], MASK, sms, MODE, BIAS, EDGE
     )
     m_new = tl.maximum(m, tl.max(x, 1))
     top = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.math.exp2(x - top[:, None])
-    return m_new, sums * tl.math.exp2(m - top)[:, None] + _fold(p, BM, BN)
+    factor = tl.math.exp2(m - top)[:, None]
+    product = p * tl.dot(g, v.T)
+    if EDGE:
+        product = tl.where(vis, product, 0.0)
+    return m_new, sums * factor + _fold(p, BM, BN), dots * factor + _fold(product, BM, BN)
 
 
 @triton.jit
 def _add_keys(
-    acc, q, g, key0, K, V, S, query, here, top, over, dot, MASK, sks, skd, svs, svd, sms, slope,
+    acc, q, g, key0, K, V, S, query, here, top, dot, MASK, sks, skd, svs, svd, sms, slope,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr,
     MODE: tl.constexpr, BIAS: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -145,15 +129,15 @@ def _add_keys(
     there = (key >= 0) & (key < S) if EDGE else key >= key0
     k = _rows(K, key, there[:, None], sks, skd, D, DP)
     v = _rows(V, key, there[:, None], svs, svd, DV, DVP)
-    x = _dot(q, k.T) * slope
+    x = tl.dot(q, k.T) * slope
     x, vis = _visible(
         x, query[:, None], key[None, :], here[:, None], there[None, :], MASK, sms, MODE, BIAS, EDGE
     )
-    dp = _dot(g, v.T)
-    ds = _weights(x, top, over, vis, EDGE) * (dp - dot)
+    dp = tl.dot(g, v.T)
+    ds = _weights(x, top, vis, EDGE) * (dp - dot)
     if EDGE:
         ds = tl.where(vis, ds, 0.0)
-    return _add_dot(acc, ds.to(k.dtype), _finite(k, EDGE))
+    return tl.dot(ds.to(k.dtype), _finite(k, EDGE), acc)
 
 
 @triton.jit
@@ -167,8 +151,8 @@ def _whole_tiles(anchor, first_key, until, end, BN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["BH", "Q_LEN", "S", "rb", "rh", "rq"])
 def query_kernel(
-    GRAD, OUT, Q, K, V, MASK, VISIBLE, DQ, TOP, OVER, DOT, BH, Q_LEN, S, rb, rh, rq,
-    sgb, sgh, sgm, sgd, sob, soh, som, sod, sqb, sqh, sqm, sqd, skb, skh, sks, skd,
+    GRAD, Q, K, V, MASK, VISIBLE, DQ, TOP, DOT, BH, Q_LEN, S, rb, rh, rq,
+    sgb, sgh, sgm, sgd, sqb, sqh, sqm, sqd, skb, skh, sks, skd,
     svb, svh, svs, svd, smb, smh, smq, sms, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr,
     DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
@@ -188,7 +172,6 @@ def query_kernel(
     here = query < Q_LEN
     q = _rows(Q + b * sqb + h * sqh, query, here[:, None], sqm, sqd, D, DP)
     g = _rows(GRAD + b * sgb + h * sgh, query, here[:, None], sgm, sgd, DV, DVP)
-    o = _rows(OUT + b * sob + h * soh, query, here[:, None], som, sod, DV, DVP)
     K += b * skb + h // G * skh
     V += b * svb + h // G * svh
     mask = MASK + b * smb + h * smh + query.to(tl.int64)[:, None] * smq
@@ -212,47 +195,40 @@ def query_kernel(
     else:
         first_key, until, end = 0, S, S
     W: tl.constexpr = LANES if BN > LANES else BN
-    m, sums = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM, W], tl.float32)
+    m = tl.full([BM], float("-inf"), tl.float32)
+    sums, dots = tl.zeros([BM, W], tl.float32), tl.zeros([BM, W], tl.float32)
     anchor = tl.min(start, 0)
     head, full = _whole_tiles(anchor, first_key, until, end, BN)
     if APART:
         while anchor < NO_KEY:  # rows that begin here; the others stay as they are
             for key0 in tl.range(anchor, end, BN, num_stages=1):
-                m, sums = _add_weights(
-                    m, sums, q, key0, K, S, query, here & (start == anchor), mask, sks, skd, sms,
-                    slope, D, DP, BM, BN, MODE, BIAS, True,
+                m, sums, dots = _add_weights(
+                    m, sums, dots, q, g, key0, K, V, S, query, here & (start == anchor), mask,
+                    sks, skd, svs, svd, sms, slope, D, DV, DP, DVP, BM, BN, MODE, BIAS, True,
                 )  # fmt: skip
             anchor = tl.min(tl.where(start > anchor, start, NO_KEY), 0)
     else:
         if MODE == "mask":
             for key0 in tl.range(anchor, head, BN, num_stages=1):
-                m, sums = _add_weights(
-                    m, sums, q, key0, K, S, query, here, mask, sks, skd, sms, slope,
-                    D, DP, BM, BN, MODE, BIAS, True,
+                m, sums, dots = _add_weights(
+                    m, sums, dots, q, g, key0, K, V, S, query, here, mask,
+                    sks, skd, svs, svd, sms, slope, D, DV, DP, DVP, BM, BN, MODE, BIAS, True,
                 )  # fmt: skip
         for key0 in tl.range(head, full, BN, num_stages=STAGES):
-            m, sums = _add_weights(
-                m, sums, q, key0, K, S, query, here, mask, sks, skd, sms, slope,
-                D, DP, BM, BN, MODE, BIAS, False,
+            m, sums, dots = _add_weights(
+                m, sums, dots, q, g, key0, K, V, S, query, here, mask,
+                sks, skd, svs, svd, sms, slope, D, DV, DP, DVP, BM, BN, MODE, BIAS, False,
             )  # fmt: skip
         for key0 in tl.range(full, end, BN, num_stages=1):
-            m, sums = _add_weights(
-                m, sums, q, key0, K, S, query, here, mask, sks, skd, sms, slope,
-                D, DP, BM, BN, MODE, BIAS, True,
+            m, sums, dots = _add_weights(
+                m, sums, dots, q, g, key0, K, V, S, query, here, mask,
+                sks, skd, svs, svd, sms, slope, D, DV, DP, DVP, BM, BN, MODE, BIAS, True,
             )  # fmt: skip
     total = pair_tree(sums, BM, W)
     top = tl.where(m == float("-inf"), 0.0, m)
-    product = g.to(tl.float32) * o.to(tl.float32)
-    LANES_OF_HEAD: tl.constexpr = LANES if DVP > LANES else DVP
-    dot = pair_tree(_fold(product, BM, DVP), BM, LANES_OF_HEAD)
+    dot = pair_tree(dots, BM, W) * tl.where(total == 0.0, 0.0, tl.div_rn(1.0, total))
     at = bh.to(tl.int64) * Q_LEN + query
-    if q.dtype == tl.float32:
-        over = tl.where(total == 0.0, 0.0, tl.div_rn(1.0, total))
-        tl.store(OVER + at, over, mask=here)
-        over = over[:, None]
-    else:
-        top = top + tl.where(total == 0.0, 0.0, tl.math.log2(total))
-        over = None
+    top = top + tl.where(total == 0.0, 0.0, tl.math.log2(total))
     tl.store(TOP + at, top, mask=here)
     tl.store(DOT + at, dot, mask=here)
     top, dot = top[:, None], dot[:, None]
@@ -262,7 +238,7 @@ def query_kernel(
         while anchor < NO_KEY:
             for key0 in tl.range(anchor, end, BN, num_stages=1):
                 acc = _add_keys(
-                    acc, q, g, key0, K, V, S, query, here & (start == anchor), top, over, dot,
+                    acc, q, g, key0, K, V, S, query, here & (start == anchor), top, dot,
                     mask, sks, skd, svs, svd, sms, slope, D, DV, DP, DVP, BN, MODE, BIAS, True,
                 )  # fmt: skip
             anchor = tl.min(tl.where(start > anchor, start, NO_KEY), 0)
@@ -270,17 +246,17 @@ def query_kernel(
         if MODE == "mask":
             for key0 in tl.range(anchor, head, BN, num_stages=1):
                 acc = _add_keys(
-                    acc, q, g, key0, K, V, S, query, here, top, over, dot, mask,
+                    acc, q, g, key0, K, V, S, query, here, top, dot, mask,
                     sks, skd, svs, svd, sms, slope, D, DV, DP, DVP, BN, MODE, BIAS, True,
                 )  # fmt: skip
         for key0 in tl.range(head, full, BN, num_stages=STAGES):
             acc = _add_keys(
-                acc, q, g, key0, K, V, S, query, here, top, over, dot, mask,
+                acc, q, g, key0, K, V, S, query, here, top, dot, mask,
                 sks, skd, svs, svd, sms, slope, D, DV, DP, DVP, BN, MODE, BIAS, False,
             )  # fmt: skip
         for key0 in tl.range(full, end, BN, num_stages=1):
             acc = _add_keys(
-                acc, q, g, key0, K, V, S, query, here, top, over, dot, mask,
+                acc, q, g, key0, K, V, S, query, here, top, dot, mask,
                 sks, skd, svs, svd, sms, slope, D, DV, DP, DVP, BN, MODE, BIAS, True,
             )  # fmt: skip
     d = tl.arange(0, DP)[None, :]
@@ -290,7 +266,7 @@ def query_kernel(
 
 @triton.jit
 def _add_queries(
-    dk, dv, k, v, first, Q, GRAD, Q_LEN, key, there, TOP, OVER, DOT, MASK,
+    dk, dv, k, v, first, Q, GRAD, Q_LEN, key, there, TOP, DOT, MASK,
     sqm, sqd, sgm, sgd, smq, sms, slope,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr,
     MODE: tl.constexpr, BIAS: tl.constexpr, EDGE: tl.constexpr,
@@ -302,22 +278,19 @@ def _add_queries(
     g = _rows(GRAD, query, here[:, None], sgm, sgd, DV, DVP)
     top = tl.load(TOP + query, mask=here, other=0.0)[None, :]
     dot = tl.load(DOT + query, mask=here, other=0.0)[None, :]
-    over = None
-    if q.dtype == tl.float32:
-        over = tl.load(OVER + query, mask=here, other=0.0)[None, :]
     mask = MASK + query.to(tl.int64)[None, :] * smq
-    x = _dot(k, q.T) * slope
+    x = tl.dot(k, q.T) * slope
     x, vis = _visible(
         x, query[None, :], key[:, None], here[None, :], there[:, None], mask, sms, MODE, BIAS, EDGE
     )
-    p = _weights(x, top, over, vis, EDGE)
-    ds = p * (_dot(v, g.T) - dot)
+    p = _weights(x, top, vis, EDGE)
+    ds = p * (tl.dot(v, g.T) - dot)
     if EDGE:
         ds = tl.where(vis, ds, 0.0)
         wild = tl.max((g - g != 0.0).to(tl.int32), 1) > 0
         p = tl.where(vis & wild[None, :], float("nan"), p)
-    dv = _add_dot(dv, p.to(g.dtype), _finite(g, EDGE))
-    dk = _add_dot(dk, ds.to(q.dtype), _finite(q, EDGE))
+    dv = tl.dot(p.to(g.dtype), _finite(g, EDGE), dv)
+    dk = tl.dot(ds.to(q.dtype), _finite(q, EDGE), dk)
     return dk, dv
 
 
@@ -359,7 +332,7 @@ def span_kernel(
 
 @triton.jit(do_not_specialize=["BH", "Q_LEN", "S", "rb", "rh"])
 def key_kernel(
-    GRAD, Q, K, V, MASK, SPANS, TOP, OVER, DOT, DK, DVALUE, BH, Q_LEN, S, rb, rh,
+    GRAD, Q, K, V, MASK, SPANS, TOP, DOT, DK, DVALUE, BH, Q_LEN, S, rb, rh,
     sgb, sgh, sgm, sgd, sqb, sqh, sqm, sqd, skb, skh, sks, skd, svb, svh, svs, svd,
     smb, smh, smq, sms, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr,
@@ -396,17 +369,17 @@ def key_kernel(
         full = tl.maximum(full, head)
         for row in tl.range(start, tl.minimum(head, end), BM, num_stages=1):
             dk, dv = _add_queries(
-                dk, dv, k, v, row, Q_of, G_of, Q_LEN, key, there, TOP + at, OVER + at, DOT + at,
+                dk, dv, k, v, row, Q_of, G_of, Q_LEN, key, there, TOP + at, DOT + at,
                 mask, sqm, sqd, sgm, sgd, smq, sms, slope, D, DV, DP, DVP, BM, MODE, BIAS, True,
             )  # fmt: skip
         for row in tl.range(head, full, BM, num_stages=STAGES):
             dk, dv = _add_queries(
-                dk, dv, k, v, row, Q_of, G_of, Q_LEN, key, there, TOP + at, OVER + at, DOT + at,
+                dk, dv, k, v, row, Q_of, G_of, Q_LEN, key, there, TOP + at, DOT + at,
                 mask, sqm, sqd, sgm, sgd, smq, sms, slope, D, DV, DP, DVP, BM, MODE, BIAS, False,
             )  # fmt: skip
         for row in tl.range(full, end, BM, num_stages=1):
             dk, dv = _add_queries(
-                dk, dv, k, v, row, Q_of, G_of, Q_LEN, key, there, TOP + at, OVER + at, DOT + at,
+                dk, dv, k, v, row, Q_of, G_of, Q_LEN, key, there, TOP + at, DOT + at,
                 mask, sqm, sqd, sgm, sgd, smq, sms, slope, D, DV, DP, DVP, BM, MODE, BIAS, True,
             )  # fmt: skip
     d, e = tl.arange(0, DP)[None, :], tl.arange(0, DVP)[None, :]
@@ -428,8 +401,10 @@ def _spans(visible, q_len, tiles, t):
     return out, (0 if batch == 1 else heads * tiles, 0 if heads == 1 else tiles)
 
 
-def sdpa_backward(grad, out, query, key, value, attn_mask, is_causal, scale, tiles=None):
+def sdpa_backward(grad, query, key, value, attn_mask, is_causal, scale, tiles=None):
     """Gradients of sdpa with respect to query, key and value; their memory is [B, N, H, D]."""
+    if query.dtype is torch.float32:
+        return of_float32(grad, query, key, value, attn_mask, is_causal, scale)
     b, h, q_len, d = query.shape
     hkv, s, dv = key.shape[1], key.shape[2], value.shape[3]
     found = [torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format)
@@ -437,13 +412,12 @@ def sdpa_backward(grad, out, query, key, value, attn_mask, is_causal, scale, til
     if query.numel() == 0 or key.numel() == 0:
         return tuple(t.zero_().transpose(1, 2) for t in found)
     dp, dvp = (max(16, triton.next_power_of_2(n)) for n in (d, dv))
-    size = max(0, max(dp, dvp).bit_length() - 7)
-    of_queries, of_keys = tiles or TILES[query.element_size()][size]
+    of_queries, of_keys = tiles or TILES[max(0, max(dp, dvp).bit_length() - 7)]
     arrays, numbers = (query, query), (0,) * 7
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*attn_mask.shape[:-1], s)
         arrays, numbers = mask_arguments(attn_mask, visible_range(attn_mask), (b, h, q_len, s))
-    stats = [torch.empty(b * h * q_len, dtype=torch.float32, device=query.device) for _ in "123"]
+    stats = [torch.empty(b * h * q_len, dtype=torch.float32, device=query.device) for _ in "12"]
     steps = [n for t in (query, key, value) for n in strides(t)]
     options = {
         "H": h, "G": h // hkv, "D": d, "DV": dv, "DP": dp, "DVP": dvp,
@@ -453,8 +427,8 @@ def sdpa_backward(grad, out, query, key, value, attn_mask, is_causal, scale, til
     t = of_queries
     for apart in (False, True) if attn_mask is not None else (False,):
         launch(
-            query_kernel, triton.cdiv(q_len, t.own) * b * h, grad, out, query, key, value, *arrays,
-            found[0], *stats, b * h, q_len, s, *numbers[:3], *strides(grad), *strides(out), *steps,
+            query_kernel, triton.cdiv(q_len, t.own) * b * h, grad, query, key, value, *arrays,
+            found[0], *stats, b * h, q_len, s, *numbers[:3], *strides(grad), *steps,
             *numbers[3:], float(scale), **options, APART=apart,
             BM=t.own, BN=t.step, STAGES=t.stages, num_warps=t.warps,
         )  # fmt: skip
