@@ -96,7 +96,7 @@ def test_a_process_that_dies_is_found():
     assert "--case 'sum@NUMBER'" in block.failures[0].message
 
 
-@pytest.mark.parametrize("name", ["soak", "soak-h200"])
+@pytest.mark.parametrize("name", ["soak", "soak-h200", "soak-h200-2"])
 def test_a_page_shows_its_record(name):
     file = HERE.parent / "docs" / f"{name}.json"
     summary = json.loads(file.read_text())
