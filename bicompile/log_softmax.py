@@ -33,8 +33,7 @@ def _statistics(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     if x.dtype in HALF_AND_FLOAT:
         top, shift = torch.ops.bicompile.softmax_statistics.default(x, dim % max(x.dim(), 1))
         return top, shift
-    top = x.amax(dim, keepdim=True)
-    return top, (x - top).exp().sum(dim, keepdim=True).log()
+    return x.logsumexp(dim, keepdim=True), x.new_zeros(())  # refused, where it is not let through
 
 
 def log_softmax_backward(

@@ -9,6 +9,7 @@ from rewriting import count, rewrite, x
 
 import bicompile
 from bicompile import native, registry, testing
+from bicompile.errors import UnsupportedDtype
 
 KERNELS = registry.load_all()
 SUM = KERNELS["sum"].op
@@ -125,6 +126,16 @@ def test_rows_of_nothing():
         out.sum().backward()
         assert out.shape == leaf.grad.shape == shape
     assert bicompile.compile(lambda t: t.log_softmax(0))(torch.tensor(3.0)) == 0
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 0)])
+def test_float64_is_refused_or_let_through(shape):
+    logits = x(*shape).double()
+    with pytest.raises(UnsupportedDtype, match=r"float64"):
+        bicompile.compile(lambda t: t.log_softmax(-1))(logits)
+    torch._dynamo.reset()
+    f = bicompile.compile(lambda t: t.log_softmax(-1), options={"unsupported": "allow"})
+    torch.testing.assert_close(f(logits), logits.log_softmax(-1))
 
 
 # -------------------------------------------------------------------------------------- the sum
