@@ -96,13 +96,17 @@ def test_a_process_that_dies_is_found():
     assert "--case 'sum@NUMBER'" in block.failures[0].message
 
 
+OPENED_SINCE = {"log_softmax", "log_softmax_backward", "log_softmax_gather"}
+"""Ops that older records have searched, and that are opened into others now."""
+
+
 @pytest.mark.parametrize("name", ["soak", "soak-h200", "soak-h200-2"])
 def test_a_page_shows_its_record(name):
     file = HERE.parent / "docs" / f"{name}.json"
     summary = json.loads(file.read_text())
     assert file.with_suffix(".md").read_text() == page.render(summary, file.name)
     assert not summary["failures"]
-    assert {*summary["subjects"]} <= {*subjects.ops(), *subjects.MODELS}
+    assert {*summary["subjects"]} - OPENED_SINCE <= {*subjects.ops(), *subjects.MODELS}
 
 
 # ----------------------------------------------------------------------------------- the command
