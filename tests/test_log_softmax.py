@@ -129,7 +129,9 @@ def test_rows_of_nothing():
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 0)])
-def test_float64_is_refused_or_let_through(shape):
+def test_float64_is_refused_or_let_through(shape, monkeypatch):
+    """With CI in the environment, which makes Inductor stricter."""
+    monkeypatch.setenv("CI", "true")
     logits = x(*shape).double()
     with pytest.raises(UnsupportedDtype, match=r"float64"):
         bicompile.compile(lambda t: t.log_softmax(-1))(logits)
