@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from bicompile import ahead, artifacts, capture, inductor, native
 from bicompile.graph import device_of, subgraphs
 from bicompile.options import Options
 from bicompile.passes.read_halves import read_halves
+from bicompile.passes.repeat_kv import undo_repeat_kv_of_gradients
 from bicompile.pipeline import OPTIONAL, Run, run_pipeline
 from bicompile.registry import KERNELS, OTHERS
 from bicompile.report import REPORTS, Report, digest
@@ -60,6 +61,12 @@ def batch_invariant(
 Finish = Callable[..., Any]
 
 
+def _over_both(graph: Graph) -> None:
+    """The passes over forward and backward together."""
+    read_halves(graph)
+    undo_repeat_kv_of_gradients(graph)
+
+
 def lower(
     gm: GraphModule, inputs: list[Any], run: Callable[..., Run], finish: Finish, **kwargs: Any
 ) -> Any:
@@ -86,7 +93,7 @@ def lower(
             inputs,
             inner=inner,
             decompositions=capture.decomposition_table(),
-            whole=read_halves,
+            whole=_over_both,
             **kwargs,
         )
 

@@ -54,13 +54,13 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bicompile.graph import Emit, value
+from bicompile.passes.repeat_kv import before_repeat
 from bicompile.registry import load_all
 
 aten = torch.ops.aten
 _SDPA = load_all()["sdpa"].op
 _RANGE = torch.ops.bicompile.visible_range.default
 _SDPA_VISIBLE = torch.ops.bicompile.sdpa_visible.default
-_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
 def canonicalize(gm: GraphModule, *, run) -> None:
@@ -106,34 +106,13 @@ def sort_stably(gm: GraphModule, *, run) -> None:
 def undo_repeat_kv(gm: GraphModule, *, run) -> None:
     """Hand K and V to attention as they were before they were repeated."""
     for node in gm.graph.find_nodes(op="call_function", target=_SDPA):
-        key, val = (_before_repeat(n) for n in node.args[1:3])
+        key, val = (before_repeat(n) for n in node.args[1:3])
         same_groups = (
             key is not None and val is not None and value(key).shape[1] == value(val).shape[1]
         )
         if same_groups and run.fuel():
             node.args = (node.args[0], key, val, *node.args[3:])
             run.decide(node, "K and V are read before their repetition", became=str(_SDPA))
-
-
-def _before_repeat(node: Node) -> Node | None:
-    """The tensor that `node` repeats along axis 1, each head R times in a row, or None."""
-    n = node
-    if n.target not in _VIEWS:
-        return None
-    n = n.args[0]
-    if n.target is aten.clone.default:
-        n = n.args[0]
-    if n.target is not aten.expand.default:
-        return None
-    n = n.args[0]
-    if n.target is not aten.unsqueeze.default or n.args[1] != 2:
-        return None
-    source = n.args[0]
-    before, after = value(source).shape, value(node).shape
-    unchanged = len(before) == len(after) == 4 and all(
-        statically_known_true(before[i] == after[i]) for i in (0, 2, 3)
-    )
-    return source if unchanged else None
 
 
 def share_visible_ranges(gm: GraphModule, *, run) -> None:

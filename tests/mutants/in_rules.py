@@ -264,7 +264,7 @@ MUTANTS = (
     # --------------------------------------------------------------- spellings
     Mutant(
         "an interleaved repeat is undone",
-        "passes/canonicalize.py",
+        "passes/repeat_kv.py",
         "if n.target is not aten.unsqueeze.default or n.args[1] != 2:",
         "if n.target is not aten.unsqueeze.default:",
         "heads read the keys of others",
@@ -276,6 +276,14 @@ MUTANTS = (
         "node.args = (node.args[0], key, val, *node.args[3:])",
         "node.args = (node.args[0], key, node.args[2], *node.args[3:])",
         "keys and values of different heads meet",
+        (*RULES, "-k", "repeat"),
+    ),
+    Mutant(
+        "gradients of repeated heads are summed by the op and once more by the user",
+        "passes/repeat_kv.py",
+        "return next(iter(node.users)) if len(node.users) == 1 else None",
+        "return next(iter(node.users))",
+        "what others add to a repeated head's gradient is lost",
         (*RULES, "-k", "repeat"),
     ),
     Mutant(
