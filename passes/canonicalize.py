@@ -25,7 +25,8 @@ becomes::
     %a = bicompile.sdpa_visible.default(%q1, %k1, %v1, %mask, %r, 0.125)
     %b = bicompile.sdpa_visible.default(%q2, %k2, %v2, %mask, %r, 0.125)
 
-because the layers of a model share their mask, and so a step of decoding reads it once.
+because the layers of a model share their mask, and so a step of decoding reads it once.  The
+gradients of the layers share the ranges in the same way (`sdpa_backward_visible`).
 
 `sort_stably`: where elements are equal, an unstable sort may return any order of them. ::
 
@@ -60,7 +61,10 @@ from bicompile.registry import load_all
 aten = torch.ops.aten
 _SDPA = load_all()["sdpa"].op
 _RANGE = torch.ops.bicompile.visible_range.default
-_SDPA_VISIBLE = torch.ops.bicompile.sdpa_visible.default
+_WITH_RANGES = {  # an op of attention: the position of its mask, the op that takes ranges too
+    _SDPA: (3, torch.ops.bicompile.sdpa_visible.default),
+    load_all()["sdpa_backward"].op: (4, torch.ops.bicompile.sdpa_backward_visible.default),
+}
 
 
 def canonicalize(gm: GraphModule, *, run) -> None:
@@ -118,8 +122,11 @@ def undo_repeat_kv(gm: GraphModule, *, run) -> None:
 def share_visible_ranges(gm: GraphModule, *, run) -> None:
     """On a GPU, find what a mask shows once for all attention nodes that read it."""
     ranges: dict[Node, Node] = {}
-    for node in list(gm.graph.find_nodes(op="call_function", target=_SDPA)):
-        query, key, val, mask, is_causal, *rest = node.args
+    for node in list(gm.graph.nodes):
+        if node.target not in _WITH_RANGES:
+            continue
+        at, with_ranges = _WITH_RANGES[node.target]
+        key, mask, is_causal = node.args[at - 2], *node.args[at : at + 2]
         if mask is None or is_causal or value(mask).device.type != "cuda":
             continue
         every_key = statically_known_true(value(mask).shape[-1] == value(key).shape[2])
@@ -128,7 +135,7 @@ def share_visible_ranges(gm: GraphModule, *, run) -> None:
         if mask not in ranges:
             ranges[mask] = Emit(_after(mask))(_RANGE, mask)
         emit = Emit(node)
-        new = emit(_SDPA_VISIBLE, query, key, val, mask, ranges[mask], *rest)
+        new = emit(with_ranges, *node.args[: at + 1], ranges[mask], *node.args[at + 2 :])
         run.decide(node, "reads its mask's ranges from a node of their own", became=str(new.target))
         emit.take_place(new)
 

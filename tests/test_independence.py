@@ -307,15 +307,19 @@ def test_graph_after_our_passes():
     assert {(f.verdict, f.axis) for f in found} == {(PROVEN, 0)}, found
 
 
+@pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("form,verdict", [("rows", PROVEN), ("queries", MIXES)])
-def test_what_a_mask_shows(form, verdict):
+def test_what_a_mask_shows(form, verdict, gradient):
     """Its ranges are counted over the rows of a mask: those must not be rows of the batch."""
 
     def attention(q, bias):
         ours = torch.ops.bicompile
         if form == "queries":
             q, bias = q.permute(1, 2, 0, 3), bias.permute(1, 2, 0, 3)
-        return ours.sdpa_visible(q, q, q, bias, ours.visible_range(bias), 0.3)
+        visible = ours.visible_range(bias)
+        if gradient:
+            return ours.sdpa_backward_visible(q, q, q, q, bias, visible, 0.3)[0]
+        return ours.sdpa_visible(q, q, q, bias, visible, 0.3)
 
     found = prove(trace_of(attention, numbers(ROWS, 1, 6, 8), numbers(ROWS, 1, 6, 6)))
     assert {f.verdict for f in found} == {verdict}, found

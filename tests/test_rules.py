@@ -313,11 +313,13 @@ def test_gradients_of_repeated_heads_that_others_read_are_left_alone():
 
 
 def _two_layers(device, keys=6, causal=False):
-    """Two attention nodes with one mask and a third with another, after `canonicalize`."""
+    """Two layers of attention with one mask and a third with another, after `canonicalize`."""
 
     def layers(q, k, mask, other):
         for m in (mask, mask, other):
             q = ours.sdpa(q, k, k, m, causal, 0.3)
+        for m in (other, mask):
+            q = ours.sdpa_backward(q, q, k, k, m, causal, 0.3)[0]
         return q
 
     with FakeTensorMode():
@@ -336,10 +338,13 @@ def _two_layers(device, keys=6, causal=False):
 def test_layers_share_the_ranges_of_a_mask():
     gm = _two_layers("cuda")
     ranges = gm.graph.find_nodes(op="call_function", target=ours.visible_range.default)
+    one, other = sorted(ranges, key=lambda n: n.args[0].name != "mask_1")
     read = [n.args[4] for n in gm.graph.nodes if n.target is ours.sdpa_visible.default]
-    assert read == [ranges[0], ranges[0], ranges[1]] or read == [ranges[1], ranges[1], ranges[0]]
+    assert read == [one, one, other]
+    read = [n.args[5] for n in gm.graph.nodes if n.target is ours.sdpa_backward_visible.default]
+    assert read == [other, one]
     assert all(tuple(n.meta["val"].shape) == (2, 1, 3, 4) for n in ranges)
-    assert count(gm, ours.sdpa.default) == 0
+    assert count(gm, ours.sdpa.default) == count(gm, ours.sdpa_backward.default) == 0
 
 
 @pytest.mark.parametrize(

@@ -342,6 +342,10 @@ def test_gradients_obey_the_laws(dtype):
     bias = torch.zeros(n, n, dtype=dtype, device=DEVICE).masked_fill(~visible, -INF)
     for mask in (visible, bias):
         same(_gradients(q, k, v, mask), whole)
+        known = attention_backward.sdpa_backward_visible(
+            q * 1.5, q, k, v, mask, attention.visible_range(mask), 0.3
+        )
+        same(known, whole)
     same(_gradients(q[1:], k[1:], v[1:], causal=True), tuple(t[1:] for t in whole))
     views_of = zip(views(q), views(k), views(v), strict=True)
     for parts in views_of:

@@ -99,7 +99,7 @@ _OURS: tuple[tuple[Callable[..., Any], str], ...] = (
     (combining.heads, "qk_norm_rope"),
     (combining.solved, "solve_triangular"),
     (combining.attention, "sdpa sdpa_visible"),
-    (combining.attention_gradients, "sdpa_backward"),
+    (combining.attention_gradients, "sdpa_backward sdpa_backward_visible"),
     (combining.visible_range, "visible_range"),
     (combining.reduced, "sum mean prod var std var_mean logsumexp norm"),
     (combining.along, "softmax softmax_backward"),

@@ -401,8 +401,18 @@ def _spans(visible, q_len, tiles, t):
     return out, (0 if batch == 1 else heads * tiles, 0 if heads == 1 else tiles)
 
 
-def sdpa_backward(grad, query, key, value, attn_mask, is_causal, scale, tiles=None):
-    """Gradients of sdpa with respect to query, key and value; their memory is [B, N, H, D]."""
+def sdpa_backward_visible(grad, query, key, value, attn_mask, visible, scale):
+    """sdpa_backward with a mask whose ranges are known."""
+    return sdpa_backward(grad, query, key, value, attn_mask, False, scale, visible)
+
+
+def sdpa_backward(
+    grad, query, key, value, attn_mask, is_causal, scale, visible=None, tiles=None
+):  # fmt: skip
+    """Gradients of sdpa with respect to query, key and value; their memory is [B, N, H, D].
+
+    `visible`: the ranges of the mask, if they are known.
+    """
     if query.dtype is torch.float32:
         return of_float32(grad, query, key, value, attn_mask, is_causal, scale)
     b, h, q_len, d = query.shape
@@ -416,7 +426,8 @@ def sdpa_backward(grad, query, key, value, attn_mask, is_causal, scale, tiles=No
     arrays, numbers = (query, query), (0,) * 7
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*attn_mask.shape[:-1], s)
-        arrays, numbers = mask_arguments(attn_mask, visible_range(attn_mask), (b, h, q_len, s))
+        visible = visible_range(attn_mask) if visible is None else visible
+        arrays, numbers = mask_arguments(attn_mask, visible, (b, h, q_len, s))
     stats = [torch.empty(b * h * q_len, dtype=torch.float32, device=query.device) for _ in "12"]
     steps = [n for t in (query, key, value) for n in strides(t)]
     options = {

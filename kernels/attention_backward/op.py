@@ -7,7 +7,7 @@ import torch
 from bicompile.contract import Case, Contract
 from bicompile.errors import UnsupportedGradient
 from bicompile.kernels.attention.op import SHAPES, sdpa, sdpa_reference
-from bicompile.registry import Kernel, register
+from bicompile.registry import Kernel, define_part, register
 
 
 def sdpa_backward_reference(grad, query, key, value, attn_mask, is_causal, scale):
@@ -64,6 +64,20 @@ sdpa_backward = register(
         " keys and values: one chain over the queries and heads of a group",
         fake=_fake_backward,
     )
+)
+
+
+def _fake_visible(grad, query, key, value, attn_mask, visible, scale):
+    return _fake_backward(grad, query, key, value, attn_mask, False, scale)
+
+
+# With a mask on a GPU: what its rows see is found once for all layers, as `sdpa_visible` has it.
+define_part(
+    sdpa_backward,
+    "sdpa_backward_visible",
+    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor attn_mask, Tensor visible,"
+    " float scale) -> (Tensor, Tensor, Tensor)",
+    _fake_visible,
 )
 
 
