@@ -28,7 +28,8 @@ struct Convolution {
   }
 
  private:
-  static constexpr int64_t kFewRows = 4;  // below, packing costs more than it saves
+  static constexpr int64_t kFewRows = 8;  // up to these, packing costs more than it saves
+  static constexpr int kRows = kPanelM, kTile = 2 * kPanelM;  // vectors of outputs at a time
   static constexpr int64_t kMost = 1 << 24;  // elements of images laid out at a time
 
   int64_t terms() const { return at.size(); }
@@ -60,48 +61,59 @@ struct Convolution {
         to[run.to + i * next] = from_float<T>(buffer[run.column + i]);
   }
 
-  // ---- few rows or terms: tasks are (image and group, row)
+  // ---- few rows or terms: tasks are (image and group, block of rows)
 
   void run_direct() {
     const int64_t K = terms(), size = windows.in_place ? 0 : C * windows.channel;
     const int64_t steps = steps_of<P>(K), vectors = windows.vectors.size();
+    const int64_t most = lanes_of<P>(K) == W ? kRows : 1, blocks = (M + most - 1) / most;
     const Scratch<Word> packed(G * M * steps * W);
     for (int64_t m = 0; m < G * M; m++)
       for (int64_t s = 0; s < steps; s++) {
         const i32x16 v = words(weights + m * K, s * P::kBlock, K);
         store_words(packed + (m * steps + s) * W, v);
       }
-    parallel(B * G * M, vectors * (K + W), [&](int64_t begin, int64_t end) {
+    parallel(B * G * blocks, most * vectors * (K + W), [&](int64_t begin, int64_t end) {
       const Scratch<T> laid(size);
       int64_t ready = -1;
       for (int64_t task = begin; task < end; task++) {
-        const int64_t i = task / M, m = i % G * M + task % M;
+        const int64_t i = task / blocks, first = i % G * M, m = task % blocks * most;
         const T* image = images + i * C * image_size;
         if (size && ready != i)
           for (int64_t c = 0; c < C; c++)
             windows.lay_out(image + c * image_size, laid + c * windows.channel);
         ready = i;
-        direct_row(packed + m * steps * W, size ? laid : image, results + task * result_size,
-                   bias ? bias + m : nullptr);
+        const Rows rows = {packed + first * steps * W, size ? laid : image,
+                           bias ? bias + first : nullptr, results + i * M * result_size};
+        direct_rows(rows, m, std::min(M, m + most));
       }
     });
   }
-  void direct_row(const Word* weight, const T* image, T* to, const T* of_bias) const {
+  // Of an image and group.
+  struct Rows {
+    const Word* weights;
+    const T *image, *bias;
+    T* results;
+  };
+  void direct_rows(const Rows& of, int64_t m, int64_t end) const {
     static constexpr auto kWays = []<int... L>(std::integer_sequence<int, L...>) {
-      return std::array{&Convolution::direct_vectors<L + 1>...};
+      return std::array{&Convolution::direct_vectors<L + 1, 1>...};
     }(std::make_integer_sequence<int, W>());
-    (this->*kWays[lanes_of<P>(terms()) - 1])(weight, image, to, of_bias);
+    const int lanes = lanes_of<P>(terms());
+    if (lanes == W)
+      for (; m + kRows <= end; m += kRows) direct_vectors<W, kRows>(of, m);
+    for (; m < end; m++) (this->*kWays[lanes - 1])(of, m);
   }
-  template <int L>
-  void direct_vectors(const Word* weight, const T* image, T* to, const T* of_bias) const {
-    constexpr int kVectors = 4;
-    const int64_t K = terms(), n = windows.vectors.size();
-    alignas(64) float tile[kVectors * W];
+  template <int L, int MR>
+  void direct_vectors(const Rows& of, int64_t m) const {
+    constexpr int kVectors = MR == 1 ? 4 : kTile / MR;
+    const int64_t K = terms(), n = windows.vectors.size(), row = steps_of<P>(K) * W;
+    alignas(64) float tile[MR * kVectors * W];
     const auto run = [&]<int NV, bool FULL>(int64_t v) {
-      const Neighbours<P, FULL> taps = {weight, image, at.data(), &windows.vectors[v], K,
-                                        windows.columns};
-      Direct<P, L, NV, Neighbours<P, FULL>>{taps, K}.run(tile);
-      put(tile, NV, v, 0, 1, to, of_bias);
+      const Neighbours<P, FULL> taps = {of.weights + m * row, row, of.image, at.data(),
+                                        &windows.vectors[v], K, windows.columns};
+      Direct<P, L, MR, NV, Neighbours<P, FULL>>{taps, K}.run(tile);
+      put(tile, NV, v, m, MR, of.results, of.bias);
     };
     int64_t v = 0;
     for (; v + kVectors < n; v += kVectors) run.template operator()<kVectors, true>(v);

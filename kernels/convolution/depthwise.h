@@ -97,7 +97,7 @@ class Depthwise {
     const int64_t* at;
     int64_t K;
 
-    BIC_INLINE auto weight(int64_t s, int64_t lane) const {
+    BIC_INLINE auto weight(int, int64_t s, int64_t lane) const {
       return P::Panel::from_words(load_words(weights + (s * W + lane) * W));
     }
     BIC_INLINE auto place(int v, int64_t s, int64_t lane) const {
@@ -177,7 +177,7 @@ class Depthwise {
         const Word* from = band.laid;
         const Channels taps = {
             band.weight, {from + at[0], from + at[1], from + at[2], from + at[3]}, at_.data(), K};
-        Direct<P, L, kPlaces, Channels>{taps, K}.run(tile + j * W);
+        Direct<P, L, 1, kPlaces, Channels>{taps, K}.run(tile + j * W);
       }
       i32x16 t[W];
 #pragma GCC unroll 16

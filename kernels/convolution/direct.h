@@ -29,16 +29,17 @@ BIC_INLINE i32x16 image_words(const typename P::Element* image, const int64_t* a
   }
 }
 
-// What Direct multiplies for vectors of 16 neighbouring outputs of one channel, all whole if FULL.
+// What Direct multiplies for vectors of 16 neighbouring outputs of a channel, all whole if FULL.
 template <class P, bool FULL>
 struct Neighbours {
-  const Word* weights;  // word 16 s + l is what lane l takes at step s
+  const Word* weights;  // of a channel, word 16 s + l is what lane l takes at step s
+  int64_t channel;      // words from one channel to the next
   const typename P::Element* image;
   const int64_t *at, *starts;
   int64_t K, columns;
 
-  BIC_INLINE auto weight(int64_t s, int64_t lane) const {
-    return P::Panel::broadcast(weights + s * W + lane);
+  BIC_INLINE auto weight(int m, int64_t s, int64_t lane) const {
+    return P::Panel::broadcast(weights + m * channel + s * W + lane);
   }
   BIC_INLINE auto place(int v, int64_t s, int64_t lane) const {
     const int64_t count = FULL ? W : std::min(W, columns - starts[v]);
@@ -46,14 +47,15 @@ struct Neighbours {
   }
 };
 
-// NV vectors of outputs. TAPS gives what lane l takes at step s: weight(s, l), place(vector, s, l).
-template <class P, int L, int NV, class TAPS>
+// NV vectors of outputs of each of MR channels. TAPS gives what lane l takes at step s:
+// weight(channel, s, l), place(vector, s, l).
+template <class P, int L, int MR, int NV, class TAPS>
 struct Direct {
   const TAPS& taps;
   int64_t K;
 
   struct Vectors {
-    f32x16 v[NV];
+    f32x16 v[MR * NV];
   };
 
   template <int LANE>
@@ -61,12 +63,18 @@ struct Direct {
     using Panel = typename P::Panel;
     constexpr int64_t kStep = P::kBlock, kFirst = LANE * (kStep / W);
     Vectors sum;
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) sum.v[v] = zero();
+#pragma GCC unroll 8
+    for (int i = 0; i < MR * NV; i++) sum.v[i] = zero();
     const auto take = [&](int64_t s) __attribute__((always_inline)) {
-      const auto w = taps.weight(s, LANE);
+      typename Panel::Vector x[NV];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) sum.v[v] = Panel::mac(sum.v[v], w, taps.place(v, s, LANE));
+      for (int v = 0; v < NV; v++) x[v] = taps.place(v, s, LANE);
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; m++) {
+        const auto w = taps.weight(m, s, LANE);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) sum.v[m * NV + v] = Panel::mac(sum.v[m * NV + v], w, x[v]);
+      }
     };
     if constexpr (L < W) {
       if (kFirst < K) take(0);
@@ -85,8 +93,8 @@ struct Direct {
       Vectors x = tree<LANE, 2 * STEP>(leaf);
       if constexpr (LANE + STEP < L) {
         const Vectors y = tree<LANE + STEP, 2 * STEP>(leaf);
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) x.v[v] = x.v[v] + y.v[v];
+#pragma GCC unroll 8
+        for (int i = 0; i < MR * NV; i++) x.v[i] = x.v[i] + y.v[i];
       }
       return x;
     }
@@ -99,7 +107,7 @@ struct Direct {
     }(std::make_integer_sequence<int, L>());
   }
 
-  // To tile[NV][16].
+  // To tile[MR][NV][16].
   void run(float* tile) const {
     // Where the last term of a lane is 0 * 0, as lanes beyond L are: one +0 is added for all of them,
     // for a sum of zeros is -0 only if each of them is.
@@ -115,9 +123,9 @@ struct Direct {
     } else {
       sum = tree<0, 1>([&](auto i) __attribute__((always_inline)) { return lane<i>(); });
     }
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; v++)
-      store_raw(tile + v * W, padded ? sum.v[v] + zero() : sum.v[v]);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR * NV; i++)
+      store_raw(tile + i * W, padded ? sum.v[i] + zero() : sum.v[i]);
   }
 };
 

@@ -63,6 +63,20 @@ struct Run {
   int64_t column, count, to;
 };
 
+// memcpy without a call, for lines of an image.
+BIC_INLINE void copy_short(void* to, const void* from, int64_t bytes) {
+  char* t = (char*)to;
+  const char* f = (const char*)from;
+  const auto both_ends = [&]<int N>() { std::memcpy(t, f, N), std::memcpy(t + bytes - N, f + bytes - N, N); };
+  if (bytes >= 32) {
+    for (int64_t i = 0; i + 32 <= bytes; i += 32) std::memcpy(t + i, f + i, 32);
+    std::memcpy(t + bytes - 32, f + bytes - 32, 32);
+  } else if (bytes >= 16) both_ends.template operator()<16>();
+  else if (bytes >= 8) both_ends.template operator()<8>();
+  else if (bytes >= 4) both_ends.template operator()<4>();
+  else if (bytes >= 2) both_ends.template operator()<2>();
+}
+
 // Lanes [column, column + count) of v to p.
 template <class T>
 BIC_INLINE void store_lanes(T* p, f32x16 v, int64_t column, int64_t count) {
@@ -128,37 +142,42 @@ class Windows {
   template <class T>
   void lay_out(const T* image, T* to) const {
     const int64_t rows = axis[1].size, width = axis[2].size;
+    std::memset((void*)to, 0, channel * sizeof(T));
     for (int64_t cz : classes_[0])
       for (int64_t cy : classes_[1])
-        for (int64_t cx : classes_[2])
-          for (int64_t z = 0; z < length_[0]; z++)
-            for (int64_t y = 0; y < length_[1]; y++, to += length_[2]) {
-              const int64_t iz = axis[0].low() + cz + z * axis[0].step;
-              const int64_t iy = axis[1].low() + cy + y * axis[1].step;
-              const bool inside = iz >= 0 && iz < axis[0].size && iy >= 0 && iy < rows;
-              lay_out_row(inside ? image + (iz * rows + iy) * width : nullptr, cx, to);
+        for (int64_t cx : classes_[2]) {
+          const auto [z0, z1] = inside(0, cz);
+          const auto [y0, y1] = inside(1, cy);
+          const auto [x0, x1] = inside(2, cx);
+          for (int64_t z = z0; z < z1; z++)
+            for (int64_t y = y0; y < y1; y++) {
+              const T* row = image + (element(0, cz, z) * rows + element(1, cy, y)) * width;
+              T* line = to + (z * length_[1] + y) * length_[2];
+              if (axis[2].step == 1)
+                copy_short(line + x0, row + element(2, cx, x0), (x1 - x0) * sizeof(T));
+              else
+                for (int64_t x = x0; x < x1; x++) line[x] = row[element(2, cx, x)];
             }
+          to += length_[0] * length_[1] * length_[2];
+        }
   }
 
  private:
   std::array<int64_t, 3> length_;
   std::array<std::vector<int64_t>, 3> classes_;
 
-  template <class T>
-  void lay_out_row(const T* row, int64_t of_class, T* to) const {
-    const Slide& s = axis[2];
-    const int64_t low = s.low() + of_class, n = length_[2];
+  // The element of the image at a position of a class, and the positions of those that exist.
+  int64_t element(int d, int64_t of_class, int64_t position) const {
+    return axis[d].low() + of_class + position * axis[d].step;
+  }
+  std::array<int64_t, 2> inside(int d, int64_t of_class) const {
+    const Slide& s = axis[d];
+    const int64_t low = s.low() + of_class, n = length_[d];
     const auto before = [&](int64_t i) {  // positions whose element is below i
-      return std::clamp<int64_t>((i - low + s.step - 1) / s.step, 0, n);
+      return i <= low ? 0 : std::min((i - low + s.step - 1) / s.step, n);
     };
-    const int64_t begin = row ? (low < 0 ? before(0) : 0) : n;
-    const int64_t end = row ? (low < s.size ? std::max(begin, before(s.size)) : begin) : n;
-    std::memset((void*)to, 0, begin * sizeof(T));
-    if (s.step == 1 && begin < end)
-      std::memcpy((void*)(to + begin), row + low + begin, (end - begin) * sizeof(T));
-    else
-      for (int64_t q = begin; q < end; q++) to[q] = row[low + q * s.step];
-    std::memset((void*)(to + end), 0, (n - end) * sizeof(T));
+    const int64_t begin = before(0);
+    return {begin, std::max(begin, before(s.size))};
   }
 
   // Vectors begin at outputs, and each output is in one vector.
