@@ -279,11 +279,11 @@ MUTANTS = (
         (*RULES, "-k", "repeat"),
     ),
     Mutant(
-        "gradients of repeated heads are summed by the op and once more by the user",
+        "the gradient of a repeated V is that of K",
         "passes/repeat_kv.py",
-        "return next(iter(node.users)) if len(node.users) == 1 else None",
-        "return next(iter(node.users))",
-        "what others add to a repeated head's gradient is lost",
+        "part = emit(operator.getitem, new, i)",
+        "part = emit(operator.getitem, new, min(i, 1))",
+        "wrong gradients in grouped-query models",
         (*RULES, "-k", "repeat"),
     ),
     Mutant(
