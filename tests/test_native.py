@@ -12,7 +12,7 @@ import torch
 from bicompile import errors, native, registry, testing
 from bicompile.backend import families_on_cpu
 
-MM = registry.load_all()["mm"].op
+MM, BMM = (registry.load_all()[name].op for name in ("mm", "bmm"))
 TINY = np.float32(2.0**-126)
 
 
@@ -86,6 +86,19 @@ def test_every_size_takes_the_same_sums(dtype):
         for n in (1, 15, 16, 17, 32, 33, 48, 49, 64, 80):
             testing.assert_same_bits(MM(a, b[:, :n], False), full[:, :n], f"{n} columns")
             testing.assert_same_bits(MM(a[:3], b[:, :n], False), full[:3, :n], f"3 x {n}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 63, 64, 69, 100])
+def test_a_transposed_left_side_is_read_as_it_lies(dtype, rows):
+    """As the gradient of a weight has it, and as a slice of a larger matrix."""
+    generator = torch.Generator().manual_seed(0)
+    for terms in (1, 31, 45, 128):
+        whole = torch.randn(2, terms, rows + 3, generator=generator).to(dtype)
+        left, right = whole[..., 1:-2].mT, torch.randn(2, terms, 50, generator=generator).to(dtype)
+        for op, pick in ((MM, lambda t: t[1]), (BMM, lambda t: t)):
+            apart = op(pick(left).contiguous(), pick(right), False)
+            testing.assert_same_bits(op(pick(left), pick(right), False), apart, f"{terms} terms")
 
 
 def test_addmm_without_beta_ignores_self():

@@ -8,13 +8,18 @@
 namespace bic::simd {
 namespace {
 
-// One product: a [M, K] with contiguous rows; b [K, N] walked along K (rows of its transpose) or N.
+// Below so many rows, packing b would cost more than it saves; so would, of b walked along N,
+// `kFewColumnRows` (both were measured).
+constexpr int64_t kFewRows = 64;
+
+// One product: a [M, K] with contiguous rows, or columns if there are `kFewRows` or more; b [K, N]
+// walked along K (rows of its transpose) or N.
 template <class P>
 struct Product {
   using T = typename P::Element;
   const T *a, *b;
   int64_t M, N, K, lda, ldb;
-  bool along_k;
+  bool a_along_k, along_k;
   Output<T> out;
 
   void run() const {
@@ -24,8 +29,7 @@ struct Product {
   }
 
  private:
-  // Below so many rows, packing b would cost more than it saves (both were measured).
-  static constexpr int64_t kFewRows = 64, kFewColumnRows = P::kBlock == 32 ? 8 : 24;
+  static constexpr int64_t kFewColumnRows = P::kBlock == 32 ? 8 : 24;
 
   void run_columns() const {
     constexpr int64_t kBlock = kColumnVectors * W;
@@ -48,7 +52,7 @@ struct Product {
     const Scratch<Word> packed((M + W) / kPanelM * block);
     parallel((M + W - 1) / W, W * K, [&](int64_t begin, int64_t end) {
       for (int64_t m = begin * W; m < std::min(M, end * W); m += W)
-        pack_a<P>(a + m * lda, lda, std::min(W, M - m), K, packed + m / kPanelM * block);
+        pack_rows(m, packed + m / kPanelM * block);
     });
     const int64_t vectors = (N + W - 1) / W, threes = whole_panels(vectors);
     const int64_t panels = threes + (vectors - threes * kPanelN + 1) / 2;
@@ -79,6 +83,11 @@ struct Product {
     return (rows + W - 1) / W * W;
   }
 
+  void pack_rows(int64_t m, Word* to) const {
+    const int64_t rows = std::min(W, M - m);
+    if (a_along_k) pack_a<P>(a + m * lda, lda, rows, K, to);
+    else pack_a_columns<P>(a + m, lda, rows, K, to);
+  }
   void pack_panel(int64_t v, int64_t nv, Word* to) const {
     const int64_t n = v * W, width = nv * W;
     if (!along_k) return pack_b_columns<P>(b + n, ldb, std::min(width, N - n), K, width, to);
@@ -108,9 +117,10 @@ struct Operand {
 int64_t stride(const Tensor& t, int64_t d) { return t.size(d) > 1 ? t.stride(d) : 0; }
 
 Operand left(const Tensor& t) {
-  const int64_t d = t.dim() - 2;
-  if (t.size(d + 1) > 1 && t.stride(d + 1) != 1) return left(torch::stable::contiguous(t));
-  return {t, d ? stride(t, 0) : 0, stride(t, d), true};
+  const int64_t d = t.dim() - 2, batch = d ? stride(t, 0) : 0;
+  if (t.size(d + 1) <= 1 || t.stride(d + 1) == 1) return {t, batch, stride(t, d), true};
+  if (t.size(d) >= kFewRows && t.stride(d) == 1) return {t, batch, stride(t, d + 1), false};
+  return left(torch::stable::contiguous(t));
 }
 Operand right(const Tensor& t) {
   const int64_t d = t.dim() - 2, batch = d ? stride(t, 0) : 0;
@@ -129,7 +139,7 @@ template <class P>
 void run(const Operand& a, const Operand& b, const Bias& bias, const Tensor& c) {
   using T = typename P::Element;
   const int64_t d = c.dim() - 2, M = c.size(d), N = c.size(d + 1), K = a.t.size(d + 1);
-  Product<P> one{data<T>(a.t), data<T>(b.t), M, N, K, a.ld, b.ld, b.along_k, {}};
+  Product<P> one{data<T>(a.t), data<T>(b.t), M, N, K, a.ld, b.ld, a.along_k, b.along_k, {}};
   one.out = {mutable_data<T>(c), N};
   one.out.alpha = bias.alpha;
   one.out.round_first = bias.round_first;
@@ -185,7 +195,7 @@ void run_groups(const Operand& a, const Operand& b, const I* ends, int64_t group
   for (int64_t g = 0; g < groups; g++) {
     const int64_t end = std::clamp((int64_t)ends[g], begin, M);
     Product<P> one{data<T>(a.t) + begin * a.ld, data<T>(b.t) + g * b.batch_stride, end - begin,
-                   N, K, a.ld, b.ld, b.along_k, {}};
+                   N, K, a.ld, b.ld, true, b.along_k, {}};
     one.out = {mutable_data<T>(c) + begin * N, N};
     if (begin < end) one.run();
     begin = end;
@@ -212,7 +222,7 @@ Tensor grouped_mm(const Tensor& self, const Tensor& mat2, const Tensor& offs, bo
   STD_TORCH_CHECK(self.scalar_type() == mat2.scalar_type(), "grouped_mm: dtypes differ");
   const Tensor c = empty(self, {self.size(0), mat2.size(2)});
   if (c.numel() == 0) return c;
-  const Operand a = left(self), b = right(mat2);
+  const Operand a = left(torch::stable::contiguous(self)), b = right(mat2);
   const Tensor ends = torch::stable::contiguous(offs);
   dispatch(self.scalar_type(), [&](auto t) {
     using T = decltype(t);

@@ -101,13 +101,30 @@ BIC_INLINE void store_blocks(Word* p, i32x16 v, int64_t block) {
 }
 #endif
 
-// Packs up to 16 rows of a as blocks of kPanelM, the last ones smaller, each block a panel.
+// What 16 columns of b, walked along N, or rows of a, walked along M, give to a lane at a step: zeros beyond K.
 template <class P>
-void pack_a(const typename P::Element* p, int64_t ld, int64_t rows, int64_t K, Word* out) {
+BIC_INLINE i32x16 column_words(const typename P::Element* p, int64_t ld, int64_t step,
+                               int64_t lane, int64_t K, int64_t columns) {
+  const auto row = [&](int64_t k) __attribute__((always_inline)) {
+    if (k >= K) return splat_int(0);
+    return as_int(columns == W ? load(p + k * ld) : load(p + k * ld, columns));
+  };
+  if constexpr (P::kBlock == 16) {
+    return row(step * W + lane);
+  } else {
+    const int64_t k = step * 2 * W + 2 * lane;
+    return row(k + 1) | shift_right_16(row(k));
+  }
+}
+
+// Packs up to 16 rows of a as blocks of kPanelM, the last ones smaller, each block a panel;
+// `turned` gives a step as `turn_rows` does.
+template <class P, class TURNED>
+void pack_blocks(int64_t rows, int64_t K, Word* out, const TURNED& turned) {
   const int64_t steps = steps_of<P>(K), whole = panel_size(steps, kPanelM);
   for (int64_t s = 0; s < steps; s++) {
     i32x16 r[W];
-    turn_rows<P>(p, ld, rows, s * P::kBlock, K, r);
+    turned(s, r);
     if (rows == W) {
       Word* to = out + 2 * s * kPanelM;
 #pragma GCC unroll 16
@@ -126,20 +143,21 @@ void pack_a(const typename P::Element* p, int64_t ld, int64_t rows, int64_t K, W
   }
 }
 
-// What 16 columns of b, walked along N, give to a lane at a step: zeros beyond K.
+// Rows that lie along K.
 template <class P>
-BIC_INLINE i32x16 column_words(const typename P::Element* p, int64_t ld, int64_t step,
-                               int64_t lane, int64_t K, int64_t columns) {
-  const auto row = [&](int64_t k) __attribute__((always_inline)) {
-    if (k >= K) return splat_int(0);
-    return as_int(columns == W ? load(p + k * ld) : load(p + k * ld, columns));
-  };
-  if constexpr (P::kBlock == 16) {
-    return row(step * W + lane);
-  } else {
-    const int64_t k = step * 2 * W + 2 * lane;
-    return row(k + 1) | shift_right_16(row(k));
-  }
+void pack_a(const typename P::Element* p, int64_t ld, int64_t rows, int64_t K, Word* out) {
+  pack_blocks<P>(rows, K, out, [&](int64_t s, i32x16* r) {
+    turn_rows<P>(p, ld, rows, s * P::kBlock, K, r);
+  });
+}
+
+// Rows whose elements of one k are neighbours: no turning is needed.
+template <class P>
+void pack_a_columns(const typename P::Element* p, int64_t ld, int64_t rows, int64_t K, Word* out) {
+  pack_blocks<P>(rows, K, out, [&](int64_t s, i32x16* r) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) r[i] = column_words<P>(p, ld, s, kLaneOrder[i], K, rows);
+  });
 }
 
 // Packs columns of b, walked along N, as a whole panel: no turning is needed.

@@ -68,10 +68,16 @@ Tensor index_add(const Tensor& self, const Tensor& index, const Tensor& source, 
     T* const to = mutable_data<T>(out);
     const int64_t* const positions = lists.positions.data();
     parallel(S, M * (K / S + 2), [&](int64_t begin, int64_t end) {
-      for (int64_t s = begin; s < end; s++)
-        for (int64_t m = 0; m < M; m += W)
-          sum_columns(start + s * row_stride + m, added + m, stride, positions + lists.starts[s],
-                      positions + lists.starts[s + 1], factor, std::min(W, M - m), to + s * M + m);
+      for (int64_t s = begin; s < end; s++) {
+        const int64_t *first = positions + lists.starts[s], *last = positions + lists.starts[s + 1];
+        for (int64_t m = 0; m < M; m += W) {
+          const T* row = start + s * row_stride + m;
+          T* result = to + s * M + m;
+          const int64_t n = std::min(W, M - m);
+          if (first == last) store_block(result, load_block(row, n), n);
+          else sum_columns(row, added + m, stride, first, last, factor, n, result);
+        }
+      }
     });
   });
   return out;

@@ -35,10 +35,10 @@ def index_add(self, index, source, alpha):
         targets, order = torch.sort(index, stable=True)
         rows = torch.arange(s + 1, dtype=index.dtype, device=index.device)
         starts = torch.searchsorted(targets, rows)
-        width = min(triton.next_power_of_2(m), 512)
+        width = min(triton.next_power_of_2(m), 2048)
         launch(
             index_add_kernel, s * triton.cdiv(m, width), self, order, starts, source, out, m,
             *strides(self), *strides(source), float(alpha), W=width,
-            num_warps=4 if width > 128 else 1,
+            num_warps=8 if width > 1024 else 4 if width > 128 else 1,
         )  # fmt: skip
     return out

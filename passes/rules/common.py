@@ -57,6 +57,13 @@ def fill(emit, x, mask, number):
     return emit(aten.where.self, mask, number, x)
 
 
+def rows_of_zeros(emit, count, width, like):
+    """[count, width] of 0 for an op of ours, which reads any strides: one row is in memory."""
+    like = {"dtype": like.dtype, "device": like.device}
+    row = emit(aten.full.default, [width], 0.0, **like)
+    return emit(aten.expand.default, row, [count, width])
+
+
 def dims(x: Node, dim: Any) -> list[int]:
     """The reduced axes, counted from the front and in order; None and () mean all."""
     rank = value(x).dim()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from bicompile.graph import value
-from bicompile.passes.rules.common import KERNELS, as_dtype, aten, fill, size
+from bicompile.passes.rules.common import KERNELS, as_dtype, aten, fill, rows_of_zeros, size
 
 
 def _softmax_backward(emit, grad_output, output, dim, input_dtype):
@@ -104,7 +104,7 @@ def _embedding_dense_backward(
     if not (isinstance(padding_idx, int) and padding_idx < 0):
         padding = emit(aten.unsqueeze.default, emit(aten.eq.Scalar, index, padding_idx), 1)
         rows = fill(emit, rows, padding, 0.0)
-    start = emit(aten.full.default, [num_weights, width], 0.0, dtype=like.dtype, device=like.device)
+    start = rows_of_zeros(emit, num_weights, width, like)
     return emit(KERNELS["index_add"].op, start, index, rows, 1.0)
 
 

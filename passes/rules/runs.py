@@ -17,7 +17,7 @@ from operator import add, floordiv
 import torch
 
 from bicompile.graph import value
-from bicompile.passes.rules.common import KERNELS, aten, prims, size
+from bicompile.passes.rules.common import KERNELS, aten, prims, rows_of_zeros, size
 
 SHORT, LONG = 256, 1024  # pinned: rows of a part, between these as many as a matrix is narrow
 
@@ -46,8 +46,7 @@ def product_of_runs(emit, rows, columns, offs, tf32):
     left = emit(aten.permute.default, parts(rows), [0, 2, 1])
     found = emit(KERNELS["bmm"].op, left, parts(columns), tf32)
     found = emit(aten.reshape.default, found, [room, height * width])
-    like = {"dtype": torch.float32, "device": device}
-    start = emit(aten.full.default, [groups + 1, height * width], 0.0, **like)
+    start = rows_of_zeros(emit, groups + 1, height * width, value(found))
     found = emit(KERNELS["index_add"].op, start, run, found, 1.0)
     found = emit(aten.slice.Tensor, found, 0, 0, groups)
     found = emit(aten.reshape.default, found, [groups, height, width])

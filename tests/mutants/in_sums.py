@@ -75,6 +75,14 @@ MUTANTS = (
         MATMUL,
     ),
     Mutant(
+        "rows of a transposed left side are packed in the order of memory",
+        "kernels/matmul/panels.h",
+        "r[i] = column_words<P>(p, ld, s, kLaneOrder[i], K, rows);",
+        "r[i] = column_words<P>(p, ld, s, i, K, rows);",
+        "gradients of weights pair terms of different places",
+        (*NATIVE, "-k", "left_side"),
+    ),
+    Mutant(
         "elements behind K are read",
         "kernels/matmul/panels.h",
         "return as_int(k + W <= K ? load(row + k) : load(row + k, K - k));",
