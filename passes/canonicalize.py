@@ -28,6 +28,17 @@ becomes::
 because the layers of a model share their mask, and so a step of decoding reads it once.  The
 gradients of the layers share the ranges in the same way (`sdpa_backward_visible`).
 
+`add_to_other_gradients`: a table of embeddings that is a matrix elsewhere has two gradients. ::
+
+    %e = aten.embedding_dense_backward.default(%grad, %ids, 50000, -1, False)
+    %g = aten.add.Tensor(%e, %other)
+
+becomes::
+
+    %g = aten.index_add.default(%other, 0, %ids, %grad)     # both as rows
+
+because the rows are added to what is there: their sum is rounded once, and no table holds it alone.
+
 `sort_stably`: where elements are equal, an unstable sort may return any order of them. ::
 
     %s = aten.sort.default(%x, -1, True)
@@ -56,6 +67,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bicompile.graph import Emit, value
 from bicompile.passes.repeat_kv import before_repeat
+from bicompile.passes.rules.gradients import embedding_rows
 from bicompile.registry import load_all
 
 aten = torch.ops.aten
@@ -71,6 +83,7 @@ def canonicalize(gm: GraphModule, *, run) -> None:
     """All sub-passes in order."""
     undo_repeat_kv(gm, run=run)
     share_visible_ranges(gm, run=run)
+    add_to_other_gradients(gm, run=run)
     sort_stably(gm, run=run)
     count_in_order(gm, run=run)
 
@@ -105,6 +118,37 @@ def sort_stably(gm: GraphModule, *, run) -> None:
                 node.kwargs = {**given, "stable": True}
                 node.target = aten.sort.stable
                 run.decide(node, "equal elements keep their order", became=str(aten.sort.stable))
+
+
+def add_to_other_gradients(gm: GraphModule, *, run) -> None:
+    """The gradient of an embedding is added to the one that its table has elsewhere."""
+    target = aten.embedding_dense_backward.default
+    for node in gm.graph.find_nodes(op="call_function", target=target):
+        total = next(iter(node.users)) if len(node.users) == 1 else None
+        if total is None or total.target is not aten.add.Tensor or total.kwargs:
+            continue
+        other = total.args[0] if total.args[1] is node else total.args[1]
+        if not isinstance(other, Node) or other is node or not _alike(other, node):
+            continue
+        if node.args[4] or not run.fuel():  # scale_grad_by_freq
+            continue
+        emit = Emit(total)
+        index, rows = embedding_rows(emit, *node.args[:2], node.args[3])
+        new = emit(aten.index_add.default, other, 0, index, rows)
+        run.decide(node, "is added to the other gradient of its table", became=str(new.target))
+        emit.take_place(new)
+        gm.graph.erase_node(node)
+
+
+def _alike(a: Node, b: Node) -> bool:
+    """Whether two tensors have one shape and dtype."""
+    one, two = value(a), value(b)
+    return (
+        isinstance(one, torch.Tensor)
+        and one.dtype is two.dtype
+        and len(one.shape) == len(two.shape)
+        and all(statically_known_true(m == n) for m, n in zip(one.shape, two.shape, strict=True))
+    )
 
 
 def undo_repeat_kv(gm: GraphModule, *, run) -> None:

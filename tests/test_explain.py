@@ -302,7 +302,7 @@ def test_unsafe_setting_is_refused():
 def test_the_cpu_thresholds_are_those_of_the_source():
     source = Path(schedules.matmul_table.__file__).with_name("cpu.cpp").read_text()
     few = schedules.FEW_COLUMN_ROWS
-    assert f"kFewRows = {schedules.FEW_ROWS}, " in source
+    assert f"kFewRows = {schedules.FEW_ROWS};" in source
     assert f"kFewColumnRows = P::kBlock == 32 ? {few[True]} : {few[False]};" in source
     assert "if (along_k && M < kFewRows) run_rows();" in source
     assert "else if (!along_k && M < kFewColumnRows) run_columns();" in source

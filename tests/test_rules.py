@@ -309,6 +309,27 @@ def test_gradients_of_repeated_heads_that_others_read_are_left_alone():
     torch.testing.assert_close(_gradients(*given), _gradients(*given, compile=lambda f: f))
 
 
+# ---------------------------------------------------------------------------------- tied weights
+
+
+@pytest.mark.parametrize("padding", [None, 2])
+def test_the_gradient_of_a_tied_table_is_rounded_once(padding):
+    """256 + 1 is 256 in bfloat16; with -256 from elsewhere it is 1, not 0."""
+    ids = torch.tensor([[0, 2], [0, 1]])
+    grad = torch.tensor([[256.0, 8], [1, 4]], dtype=torch.bfloat16)[..., None]
+    elsewhere = torch.tensor([-256.0, 0.5, 2, 3], dtype=torch.bfloat16)[:, None]
+
+    def model(table):
+        rows = F.embedding(ids, table, padding_idx=padding)
+        return (rows * grad).sum() + (table * elsewhere).sum()
+
+    torch._dynamo.reset()
+    table = torch.ones(4, 5, dtype=torch.bfloat16, requires_grad=True)
+    bicompile.compile(model)(table).backward()
+    expected = torch.tensor([1, 4.5, 2 if padding else 10, 3], dtype=torch.bfloat16)
+    assert torch.equal(table.grad, expected[:, None].expand(4, 5))
+
+
 # --------------------------------------------------------------------------------- visible ranges
 
 

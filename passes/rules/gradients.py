@@ -91,12 +91,8 @@ def group_norm_backward(emit, grad_out, input, mean, rstd, weight, N, C, HxW, gr
 # -------------------------------------------------------------------------------------- embedding
 
 
-def _embedding_dense_backward(
-    emit, grad_output, indices, num_weights, padding_idx, scale_grad_by_freq
-):
-    """Rows of the gradient, added to the rows of the table that they came from."""
-    if scale_grad_by_freq:
-        return NotImplemented
+def embedding_rows(emit, grad_output, indices, padding_idx):
+    """The rows of a table that each row of the gradient is added to, and these rows [N, width]."""
     like = value(grad_output)
     width = size(emit, grad_output, like.dim() - 1, like.shape[-1])
     rows = emit(aten.reshape.default, grad_output, [-1, width])
@@ -104,7 +100,18 @@ def _embedding_dense_backward(
     if not (isinstance(padding_idx, int) and padding_idx < 0):
         padding = emit(aten.unsqueeze.default, emit(aten.eq.Scalar, index, padding_idx), 1)
         rows = fill(emit, rows, padding, 0.0)
-    start = rows_of_zeros(emit, num_weights, width, like)
+    return index, rows
+
+
+def _embedding_dense_backward(
+    emit, grad_output, indices, num_weights, padding_idx, scale_grad_by_freq
+):
+    """Rows of the gradient, added to the rows of the table that they came from."""
+    if scale_grad_by_freq:
+        return NotImplemented
+    index, rows = embedding_rows(emit, grad_output, indices, padding_idx)
+    width = size(emit, rows, 1, value(rows).shape[1])
+    start = rows_of_zeros(emit, num_weights, width, value(grad_output))
     return emit(KERNELS["index_add"].op, start, index, rows, 1.0)
 
 

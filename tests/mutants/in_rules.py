@@ -287,6 +287,14 @@ MUTANTS = (
         (*RULES, "-k", "repeat"),
     ),
     Mutant(
+        "rows of padding are added to a tied table",
+        "passes/canonicalize.py",
+        "embedding_rows(emit, *node.args[:2], node.args[3])",
+        "embedding_rows(emit, *node.args[:2], -1)",
+        "the padding's embedding is trained where it is an output, too",
+        (*RULES, "-k", "tied"),
+    ),
+    Mutant(
         "sorts stay unstable",
         "passes/canonicalize.py",
         "    sort_stably(gm, run=run)\n    count",
