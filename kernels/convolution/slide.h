@@ -67,7 +67,10 @@ struct Run {
 BIC_INLINE void copy_short(void* to, const void* from, int64_t bytes) {
   char* t = (char*)to;
   const char* f = (const char*)from;
-  const auto both_ends = [&]<int N>() { std::memcpy(t, f, N), std::memcpy(t + bytes - N, f + bytes - N, N); };
+  const auto both_ends = [&]<int N>() {
+    std::memcpy(t, f, N);
+    std::memcpy(t + bytes - N, f + bytes - N, N);
+  };
   if (bytes >= 32) {
     for (int64_t i = 0; i + 32 <= bytes; i += 32) std::memcpy(t + i, f + i, 32);
     std::memcpy(t + bytes - 32, f + bytes - 32, 32);

@@ -8,7 +8,7 @@
 namespace bic::simd {
 namespace {
 
-// Below so many rows, packing b would cost more than it saves; so would, of b walked along N,
+// Below so many rows packing b would cost more than it saves; of b walked along N, below
 // `kFewColumnRows` (both were measured).
 constexpr int64_t kFewRows = 64;
 
@@ -116,11 +116,16 @@ struct Operand {
 
 int64_t stride(const Tensor& t, int64_t d) { return t.size(d) > 1 ? t.stride(d) : 0; }
 
+Operand rows_of(const Tensor& t) {
+  const int64_t d = t.dim() - 2;
+  if (t.size(d + 1) > 1 && t.stride(d + 1) != 1) return rows_of(torch::stable::contiguous(t));
+  return {t, d ? stride(t, 0) : 0, stride(t, d), true};
+}
 Operand left(const Tensor& t) {
-  const int64_t d = t.dim() - 2, batch = d ? stride(t, 0) : 0;
-  if (t.size(d + 1) <= 1 || t.stride(d + 1) == 1) return {t, batch, stride(t, d), true};
-  if (t.size(d) >= kFewRows && t.stride(d) == 1) return {t, batch, stride(t, d + 1), false};
-  return left(torch::stable::contiguous(t));
+  const int64_t d = t.dim() - 2;
+  const bool columns = t.size(d + 1) > 1 && t.stride(d + 1) != 1 && t.stride(d) == 1;
+  if (!columns || t.size(d) < kFewRows) return rows_of(t);
+  return {t, d ? stride(t, 0) : 0, stride(t, d + 1), false};
 }
 Operand right(const Tensor& t) {
   const int64_t d = t.dim() - 2, batch = d ? stride(t, 0) : 0;
@@ -222,7 +227,7 @@ Tensor grouped_mm(const Tensor& self, const Tensor& mat2, const Tensor& offs, bo
   STD_TORCH_CHECK(self.scalar_type() == mat2.scalar_type(), "grouped_mm: dtypes differ");
   const Tensor c = empty(self, {self.size(0), mat2.size(2)});
   if (c.numel() == 0) return c;
-  const Operand a = left(torch::stable::contiguous(self)), b = right(mat2);
+  const Operand a = rows_of(self), b = right(mat2);
   const Tensor ends = torch::stable::contiguous(offs);
   dispatch(self.scalar_type(), [&](auto t) {
     using T = decltype(t);

@@ -101,7 +101,8 @@ BIC_INLINE void store_blocks(Word* p, i32x16 v, int64_t block) {
 }
 #endif
 
-// What 16 columns of b, walked along N, or rows of a, walked along M, give to a lane at a step: zeros beyond K.
+// What 16 columns of b, walked along N, give to a lane at a step, or rows of a, walked along M:
+// zeros beyond K.
 template <class P>
 BIC_INLINE i32x16 column_words(const typename P::Element* p, int64_t ld, int64_t step,
                                int64_t lane, int64_t K, int64_t columns) {
