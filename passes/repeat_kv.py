@@ -55,7 +55,7 @@ def undo_repeat_kv_of_gradients(graph: Graph) -> None:
                 if value(old).dim() == 5:
                     part = emit(aten.unsqueeze.default, part, 2)
             old.replace_all_uses_with(part)
-    graph.eliminate_dead_code()
+        graph.eliminate_dead_code()
 
 
 def before_repeat(node: Node) -> Node | None:

@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+import bicompile
 from bicompile import native, registry, testing
 
 BACKWARD = registry.load_all()["sdpa_backward"]
@@ -210,3 +212,47 @@ def test_planted_variants_are_caught():
         found, expected = wide.run(mask, op=op), p.run(p.visible, op=op)
         for a, e in zip(found, expected, strict=True):
             assert torch.equal(a[:, :, own], e) == by_padding
+
+
+# ----------------------------------------------------------------------------- repeated K and V
+
+
+def normal(heads, dtype):
+    generator = torch.Generator().manual_seed(heads)
+    return torch.randn(2, heads, 6, 8, generator=generator).to(dtype)
+
+
+def gradients_of(repeat, more=lambda k: 0.0, dtype=torch.bfloat16, compile=bicompile.compile):
+    """Of queries, keys and values through attention of grouped queries, repeated or not."""
+
+    def attend(q, k, v):
+        if repeat:
+            k, v = (repeat(t, q.shape[1] // t.shape[1]) for t in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=not repeat)
+        return out + more(k)
+
+    torch._dynamo.reset()
+    q, k, v = (normal(n, dtype).requires_grad_() for n in (4, 2, 2))
+    compile(attend)(q, k, v).backward(normal(4, dtype))
+    return q.grad, k.grad, v.grad
+
+
+REPEATS = {
+    "transformers": lambda t, n: (
+        t[:, :, None]
+        .expand(t.shape[0], t.shape[1], n, *t.shape[2:])
+        .reshape(t.shape[0], t.shape[1] * n, *t.shape[2:])
+    ),
+    "repeat_interleave": lambda t, n: t.repeat_interleave(n, 1),
+}
+
+
+@pytest.mark.parametrize("repeat", REPEATS.values(), ids=REPEATS)
+def test_gradients_of_repeated_heads_are_summed_by_the_op(repeat):
+    """Each head's gradient is not rounded before the sum."""
+    testing.assert_same_bits(gradients_of(repeat), gradients_of(None), "repeated")
+
+
+def test_gradients_of_repeated_heads_that_others_read_are_left_alone():
+    given = REPEATS["transformers"], lambda k: k * 2, torch.float32
+    torch.testing.assert_close(gradients_of(*given), gradients_of(*given, compile=lambda f: f))

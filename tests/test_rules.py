@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import bicompile
-from bicompile import registry, testing
+from bicompile import registry
 from bicompile.options import Options
 from bicompile.passes.canonicalize import canonicalize
 from bicompile.passes.replace import replace
@@ -271,42 +271,6 @@ def test_an_interleaved_repeat_is_left_alone():
 
     _, _, result, expected = rewrite(attend, x(2, 4, 6, 8), x(2, 2, 6, 8), x(2, 2, 6, 8))
     torch.testing.assert_close(result, expected)
-
-
-def _gradients(repeat, more=lambda k: 0.0, dtype=torch.bfloat16, compile=bicompile.compile):
-    """Of queries, keys and values through attention of grouped queries, repeated or not."""
-
-    def attend(q, k, v):
-        if repeat:
-            k, v = (repeat(t, q.shape[1] // t.shape[1]) for t in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=not repeat)
-        return out + more(k)
-
-    torch._dynamo.reset()
-    q, k, v = (x(2, n, 6, 8, dtype=dtype).requires_grad_() for n in (4, 2, 2))
-    compile(attend)(q, k, v).backward(x(2, 4, 6, 8, dtype=dtype))
-    return q.grad, k.grad, v.grad
-
-
-REPEATS = {
-    "transformers": lambda t, n: (
-        t[:, :, None]
-        .expand(t.shape[0], t.shape[1], n, *t.shape[2:])
-        .reshape(t.shape[0], t.shape[1] * n, *t.shape[2:])
-    ),
-    "repeat_interleave": lambda t, n: t.repeat_interleave(n, 1),
-}
-
-
-@pytest.mark.parametrize("repeat", REPEATS.values(), ids=REPEATS)
-def test_gradients_of_repeated_heads_are_summed_by_the_op(repeat):
-    """Each head's gradient is not rounded before the sum."""
-    testing.assert_same_bits(_gradients(repeat), _gradients(None), "repeated")
-
-
-def test_gradients_of_repeated_heads_that_others_read_are_left_alone():
-    given = REPEATS["transformers"], lambda k: k * 2, torch.float32
-    torch.testing.assert_close(_gradients(*given), _gradients(*given, compile=lambda f: f))
 
 
 # ---------------------------------------------------------------------------------- tied weights

@@ -284,7 +284,7 @@ MUTANTS = (
         "part = emit(operator.getitem, new, i)",
         "part = emit(operator.getitem, new, min(i, 1))",
         "wrong gradients in grouped-query models",
-        (*RULES, "-k", "repeat"),
+        ("tests/test_attention_gradients.py", "-k", "repeated"),
     ),
     Mutant(
         "rows of padding are added to a tied table",
