@@ -60,19 +60,17 @@ def _finite(x, EDGE: tl.constexpr):
 
 @triton.jit
 def _visible(
-    x, query, key, here, there, MASK, sms, MODE: tl.constexpr, BIAS: tl.constexpr,
-    EDGE: tl.constexpr,
-):  # fmt: skip
+    x, key, first, last, MASK, sms, MASKED: tl.constexpr, BIAS: tl.constexpr, EDGE: tl.constexpr
+):
     """Scores in units of log2, -inf where a key is not seen, and which are seen.
 
-    One of query and key is a column, the other a row; MASK has the shape of the query.  Not EDGE:
-    all keys of the tile are there and seen.
+    Queries see keys `first` to `last`; MASKED: those of them that the mask shows.  One of query and
+    key is a column, the other a row; MASK has the shape of the query.  Not EDGE: all keys of the
+    tile are seen.
     """
-    vis = here & there
+    vis = (key >= first) & (key <= last)
     if EDGE:
-        if MODE == "causal":
-            vis = vis & (key <= query)
-        elif MODE == "mask":
+        if MASKED:
             m = tl.load(MASK + key.to(tl.int64) * sms, mask=vis, other=0)
             if BIAS:
                 m = m.to(tl.float32)
@@ -94,59 +92,43 @@ def _weights(x, top, vis, EDGE: tl.constexpr):
 
 
 @triton.jit
-def _add_weights(
-    m, sums, dots, q, g, key0, K, V, S, query, here, MASK, sks, skd, svs, svd, sms, slope,
-    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, MODE: tl.constexpr, BIAS: tl.constexpr, EDGE: tl.constexpr,
+def _scores(
+    q, g, key0, K, V, S, first, last, MASK, sks, skd, svs, svd, sms, slope,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr,
+    MASKED: tl.constexpr, BIAS: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """The maximum, the sums of weights and of weight times gradient after one more tile of keys."""
+    """A tile of keys, its scores, which of them are seen, and the gradients of the weights."""
     key = key0 + tl.arange(0, BN)
     there = (key >= 0) & (key < S) if EDGE else key >= key0
     k = _rows(K, key, there[:, None], sks, skd, D, DP)
     v = _rows(V, key, there[:, None], svs, svd, DV, DVP)
-    x = tl.dot(q, k.T) * slope
     x, vis = _visible(
-        x, query[:, None], key[None, :], here[:, None], there[None, :], MASK, sms, MODE, BIAS, EDGE
-    )
+        tl.dot(q, k.T) * slope, key[None, :], first[:, None], last[:, None], MASK, sms,
+        MASKED, BIAS, EDGE,
+    )  # fmt: skip
+    return k, x, vis, tl.dot(g, v.T)
+
+
+@triton.jit
+def _add_weights(m, sums, dots, x, vis, dp, BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr):
+    """The maximum, the sums of weights and of weight times gradient after one more tile of keys."""
     m_new = tl.maximum(m, tl.max(x, 1))
     top = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.math.exp2(x - top[:, None])
     factor = tl.math.exp2(m - top)[:, None]
-    product = p * tl.dot(g, v.T)
+    product = p * dp
     if EDGE:
         product = tl.where(vis, product, 0.0)
     return m_new, sums * factor + _fold(p, BM, BN), dots * factor + _fold(product, BM, BN)
 
 
 @triton.jit
-def _add_keys(
-    acc, q, g, key0, K, V, S, query, here, top, dot, MASK, sks, skd, svs, svd, sms, slope,
-    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr,
-    MODE: tl.constexpr, BIAS: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
+def _add_keys(acc, k, x, vis, dp, top, dot, EDGE: tl.constexpr):
     """The gradient of queries after one more tile of keys."""
-    key = key0 + tl.arange(0, BN)
-    there = (key >= 0) & (key < S) if EDGE else key >= key0
-    k = _rows(K, key, there[:, None], sks, skd, D, DP)
-    v = _rows(V, key, there[:, None], svs, svd, DV, DVP)
-    x = tl.dot(q, k.T) * slope
-    x, vis = _visible(
-        x, query[:, None], key[None, :], here[:, None], there[None, :], MASK, sms, MODE, BIAS, EDGE
-    )
-    dp = tl.dot(g, v.T)
     ds = _weights(x, top, vis, EDGE) * (dp - dot)
     if EDGE:
         ds = tl.where(vis, ds, 0.0)
     return tl.dot(ds.to(k.dtype), _finite(k, EDGE), acc)
-
-
-@triton.jit
-def _whole_tiles(anchor, first_key, until, end, BN: tl.constexpr):
-    """Of the tiles from `anchor` to `end`: where those begin and end that every row sees whole."""
-    head = anchor + tl.maximum(first_key - anchor + BN - 1, 0) // BN * BN
-    full = anchor + tl.maximum(until - anchor, 0) // BN * BN
-    head = tl.where(full > head, head, anchor)
-    return head, tl.where(full > head, full, head)
 
 
 @triton.jit(do_not_specialize=["BH", "Q_LEN", "S", "rb", "rh", "rq"])
@@ -160,70 +142,74 @@ def query_kernel(
 ):  # fmt: skip
     """Program (tile of BM queries, the last ones first; batch row x head).
 
-    With a mask there are two launches: APART, for tiles whose rows begin at different keys or have
-    holes, does nothing for the others, and the other way round.  (Triton serialises all dots of a
-    kernel that has both.)
+    With a mask there are two launches: APART, for tiles whose rows begin at different keys, have
+    holes or a bias, does nothing for the others, and the other way round.  (Triton serialises all
+    dots of a kernel that has both.)  Where they are alike, the ranges say all: no mask is read.
     """
     after_others(PDL)
     bh = tl.program_id(0) % BH
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    first = (tl.cdiv(Q_LEN, BM) - 1 - tl.program_id(0) // BH) * BM
-    query = first + tl.arange(0, BM)
+    query0 = (tl.cdiv(Q_LEN, BM) - 1 - tl.program_id(0) // BH) * BM
+    query = query0 + tl.arange(0, BM)
     here = query < Q_LEN
+    first = tl.zeros([BM], tl.int32)
+    if MODE == "mask":
+        at = VISIBLE + b * rb + h * rh + query * rq
+        first = tl.load(at, mask=here, other=NO_KEY)
+        last = tl.load(at + 1, mask=here, other=-1)
+        plain = tl.load(at + 2, mask=here, other=1)
+        start = tl.load(at + 3, mask=here, other=NO_KEY)
+        sees = first <= last
+        same = tl.max(tl.where(sees, start, -NO_KEY), 0) == tl.min(start, 0)
+        same = same | (tl.max(last, 0) < 0)
+        alike = (tl.min((plain > 0) & (~sees | (first == start)), 0) > 0) & same
+        mine = tl.where(alike, 0 if APART else 1, 1 if APART else 0) > 0
+        here = query < tl.where(mine, Q_LEN, 0)
+        last = tl.where(here, last, -1)
+        start = tl.where(here, start, NO_KEY)
+        anchor = tl.min(start, 0)
+        until = tl.min(tl.where(query < Q_LEN, last, NO_KEY), 0) + 1
+        end = tl.max(last, 0) + 1
+    else:
+        last = tl.where(here, S - 1, -1)
+        if MODE == "causal":
+            last = tl.minimum(last, query)
+        anchor, until, end = 0, S, S
+        if MODE == "causal":
+            until, end = tl.minimum(query0 + 1, S), tl.minimum(query0 + BM, S)
     q = _rows(Q + b * sqb + h * sqh, query, here[:, None], sqm, sqd, D, DP)
     g = _rows(GRAD + b * sgb + h * sgh, query, here[:, None], sgm, sgd, DV, DVP)
     K += b * skb + h // G * skh
     V += b * svb + h // G * svh
     mask = MASK + b * smb + h * smh + query.to(tl.int64)[:, None] * smq
     slope = scale * LOG2E
-    start = tl.zeros([BM], tl.int32)
-    if MODE == "mask":
-        at = VISIBLE + b * rb + h * rh + query * rq
-        start = tl.load(at + 3, mask=here, other=NO_KEY)
-        first_key = tl.max(tl.load(at, mask=here, other=0), 0)
-        last = tl.load(at + 1, mask=here, other=-1)
-        whole = tl.load(at + 2, mask=here, other=1)
-        until = tl.min(tl.where(here, last, NO_KEY), 0) + 1
-        end = tl.max(last, 0) + 1
-        alike = (tl.min(whole, 0) > 0) & (tl.max(tl.where(here, start, 0), 0) == tl.min(start, 0))
-        mine = tl.where(alike, 0 if APART else 1, 1 if APART else 0) > 0
-        here = query < tl.where(mine, Q_LEN, 0)
-        start = tl.where(here, start, NO_KEY)
-        end = tl.where(mine, end, -NO_KEY)
-    elif MODE == "causal":
-        first_key, until, end = 0, tl.minimum(first, S), tl.minimum(S, first + BM)
-    else:
-        first_key, until, end = 0, S, S
+    full = anchor + tl.maximum(until - anchor, 0) // BN * BN  # every row sees these tiles whole
     W: tl.constexpr = LANES if BN > LANES else BN
     m = tl.full([BM], float("-inf"), tl.float32)
     sums, dots = tl.zeros([BM, W], tl.float32), tl.zeros([BM, W], tl.float32)
-    anchor = tl.min(start, 0)
-    head, full = _whole_tiles(anchor, first_key, until, end, BN)
     if APART:
         while anchor < NO_KEY:  # rows that begin here; the others stay as they are
+            ends = tl.where(start == anchor, last, -1)
             for key0 in tl.range(anchor, end, BN, num_stages=1):
-                m, sums, dots = _add_weights(
-                    m, sums, dots, q, g, key0, K, V, S, query, here & (start == anchor), mask,
-                    sks, skd, svs, svd, sms, slope, D, DV, DP, DVP, BM, BN, MODE, BIAS, True,
+                _, x, vis, dp = _scores(
+                    q, g, key0, K, V, S, first, ends, mask, sks, skd, svs, svd, sms, slope,
+                    D, DV, DP, DVP, BN, True, BIAS, True,
                 )  # fmt: skip
+                m, sums, dots = _add_weights(m, sums, dots, x, vis, dp, BM, BN, True)
             anchor = tl.min(tl.where(start > anchor, start, NO_KEY), 0)
     else:
-        if MODE == "mask":
-            for key0 in tl.range(anchor, head, BN, num_stages=1):
-                m, sums, dots = _add_weights(
-                    m, sums, dots, q, g, key0, K, V, S, query, here, mask,
-                    sks, skd, svs, svd, sms, slope, D, DV, DP, DVP, BM, BN, MODE, BIAS, True,
-                )  # fmt: skip
-        for key0 in tl.range(head, full, BN, num_stages=STAGES):
-            m, sums, dots = _add_weights(
-                m, sums, dots, q, g, key0, K, V, S, query, here, mask,
-                sks, skd, svs, svd, sms, slope, D, DV, DP, DVP, BM, BN, MODE, BIAS, False,
+        for key0 in tl.range(anchor, full, BN, num_stages=STAGES):
+            _, x, vis, dp = _scores(
+                q, g, key0, K, V, S, first, last, mask, sks, skd, svs, svd, sms, slope,
+                D, DV, DP, DVP, BN, False, BIAS, False,
             )  # fmt: skip
+            m, sums, dots = _add_weights(m, sums, dots, x, vis, dp, BM, BN, False)
         for key0 in tl.range(full, end, BN, num_stages=1):
-            m, sums, dots = _add_weights(
-                m, sums, dots, q, g, key0, K, V, S, query, here, mask,
-                sks, skd, svs, svd, sms, slope, D, DV, DP, DVP, BM, BN, MODE, BIAS, True,
+            _, x, vis, dp = _scores(
+                q, g, key0, K, V, S, first, last, mask, sks, skd, svs, svd, sms, slope,
+                D, DV, DP, DVP, BN, False, BIAS, True,
             )  # fmt: skip
+            m, sums, dots = _add_weights(m, sums, dots, x, vis, dp, BM, BN, True)
     total = pair_tree(sums, BM, W)
     top = tl.where(m == float("-inf"), 0.0, m)
     dot = pair_tree(dots, BM, W) * tl.where(total == 0.0, 0.0, tl.div_rn(1.0, total))
@@ -236,29 +222,27 @@ def query_kernel(
     if APART:
         anchor = tl.min(start, 0)
         while anchor < NO_KEY:
+            ends = tl.where(start == anchor, last, -1)
             for key0 in tl.range(anchor, end, BN, num_stages=1):
-                acc = _add_keys(
-                    acc, q, g, key0, K, V, S, query, here & (start == anchor), top, dot,
-                    mask, sks, skd, svs, svd, sms, slope, D, DV, DP, DVP, BN, MODE, BIAS, True,
+                k, x, vis, dp = _scores(
+                    q, g, key0, K, V, S, first, ends, mask, sks, skd, svs, svd, sms, slope,
+                    D, DV, DP, DVP, BN, True, BIAS, True,
                 )  # fmt: skip
+                acc = _add_keys(acc, k, x, vis, dp, top, dot, True)
             anchor = tl.min(tl.where(start > anchor, start, NO_KEY), 0)
     else:
-        if MODE == "mask":
-            for key0 in tl.range(anchor, head, BN, num_stages=1):
-                acc = _add_keys(
-                    acc, q, g, key0, K, V, S, query, here, top, dot, mask,
-                    sks, skd, svs, svd, sms, slope, D, DV, DP, DVP, BN, MODE, BIAS, True,
-                )  # fmt: skip
-        for key0 in tl.range(head, full, BN, num_stages=STAGES):
-            acc = _add_keys(
-                acc, q, g, key0, K, V, S, query, here, top, dot, mask,
-                sks, skd, svs, svd, sms, slope, D, DV, DP, DVP, BN, MODE, BIAS, False,
+        for key0 in tl.range(anchor, full, BN, num_stages=STAGES):
+            k, x, vis, dp = _scores(
+                q, g, key0, K, V, S, first, last, mask, sks, skd, svs, svd, sms, slope,
+                D, DV, DP, DVP, BN, False, BIAS, False,
             )  # fmt: skip
+            acc = _add_keys(acc, k, x, vis, dp, top, dot, False)
         for key0 in tl.range(full, end, BN, num_stages=1):
-            acc = _add_keys(
-                acc, q, g, key0, K, V, S, query, here, top, dot, mask,
-                sks, skd, svs, svd, sms, slope, D, DV, DP, DVP, BN, MODE, BIAS, True,
+            k, x, vis, dp = _scores(
+                q, g, key0, K, V, S, first, last, mask, sks, skd, svs, svd, sms, slope,
+                D, DV, DP, DVP, BN, False, BIAS, True,
             )  # fmt: skip
+            acc = _add_keys(acc, k, x, vis, dp, top, dot, True)
     d = tl.arange(0, DP)[None, :]
     out = DQ + ((b * Q_LEN + query) * H + h)[:, None] * D + d
     tl.store(out, (acc * scale + 0.0).to(DQ.dtype.element_ty), mask=here[:, None] & (d < D))
@@ -266,23 +250,30 @@ def query_kernel(
 
 @triton.jit
 def _add_queries(
-    dk, dv, k, v, first, Q, GRAD, Q_LEN, key, there, TOP, DOT, MASK,
+    dk, dv, k, v, row, Q, GRAD, Q_LEN, S, key, VISIBLE, rq, TOP, DOT, MASK,
     sqm, sqd, sgm, sgd, smq, sms, slope,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr,
-    MODE: tl.constexpr, BIAS: tl.constexpr, EDGE: tl.constexpr,
+    MODE: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """The gradients of keys and values after one more tile of queries."""
-    query = first + tl.arange(0, BM)
-    here = query < Q_LEN if EDGE else query >= first
+    query = row + tl.arange(0, BM)
+    here = query < Q_LEN if EDGE else query >= row
     q = _rows(Q, query, here[:, None], sqm, sqd, D, DP)
     g = _rows(GRAD, query, here[:, None], sgm, sgd, DV, DVP)
     top = tl.load(TOP + query, mask=here, other=0.0)[None, :]
     dot = tl.load(DOT + query, mask=here, other=0.0)[None, :]
     mask = MASK + query.to(tl.int64)[None, :] * smq
-    x = tl.dot(k, q.T) * slope
+    first = tl.zeros([BM], tl.int32)
+    last = tl.where(here, S - 1, -1)
+    if MODE == "causal":
+        last = tl.minimum(last, query)
+    elif MODE == "mask" and EDGE:
+        first = tl.load(VISIBLE + query * rq, mask=here, other=NO_KEY)
+        last = tl.load(VISIBLE + query * rq + 1, mask=here, other=-1)
     x, vis = _visible(
-        x, query[None, :], key[:, None], here[None, :], there[:, None], mask, sms, MODE, BIAS, EDGE
-    )
+        tl.dot(k, q.T) * slope, key[:, None], first[None, :], last[None, :], mask, sms,
+        MASKED, BIAS, EDGE,
+    )  # fmt: skip
     p = _weights(x, top, vis, EDGE)
     ds = p * (tl.dot(v, g.T) - dot)
     if EDGE:
@@ -302,13 +293,14 @@ def span_kernel(
     """Program (tile of BN keys x row of masks): queries that see it, and that see all of it.
 
     The first tile of queries that sees any of these keys, the run of tiles that see all of them
-    (the first such run), and the end of the last tile that sees any.
+    (the first such run), the end of the last tile that sees any, and whether a query that sees any
+    has holes or a bias.
     """
     after_others(PDL)
     tile, mask = tl.program_id(0) % TILES, tl.program_id(0) // TILES
     low, high = tile * BN, tile * BN + BN - 1
     at = VISIBLE + (mask // HEADS).to(tl.int64) * rb + (mask % HEADS).to(tl.int64) * rh
-    start, head, full, end = NO_KEY, NO_KEY, Q_LEN, 0
+    start, head, full, end, holes = NO_KEY, NO_KEY, Q_LEN, 0, 0
     for row0 in range(0, Q_LEN, N * BM):
         i = row0 + tl.arange(0, N) * BM
         row = i[:, None] + tl.arange(0, BM)[None, :]
@@ -316,36 +308,50 @@ def span_kernel(
         first = tl.load(at + row * rq, mask=there, other=NO_KEY)
         last = tl.load(at + row * rq + 1, mask=there, other=-1)
         whole = tl.load(at + row * rq + 2, mask=there, other=0)
-        seen = tl.max(((first <= high) & (last >= low)).to(tl.int32), 1) > 0
+        sees = (first <= high) & (last >= low)
+        holes = tl.maximum(holes, tl.max(tl.max((sees & (whole == 0)).to(tl.int32), 1), 0))
+        seen = tl.max(sees.to(tl.int32), 1) > 0
         all = tl.min(((first <= low) & (last >= high) & (whole > 0)).to(tl.int32), 1) > 0
         start = tl.minimum(start, tl.min(tl.where(seen, i, NO_KEY), 0))
         end = tl.maximum(end, tl.max(tl.where(seen, i + BM, 0), 0))
         head = tl.minimum(head, tl.min(tl.where(all, i, NO_KEY), 0))
         full = tl.minimum(full, tl.min(tl.where((i > head) & (all == 0), i, NO_KEY), 0))
     full = tl.minimum(end, full)
-    out = SPANS + tl.program_id(0) * 4
+    out = SPANS + tl.program_id(0) * 5
     tl.store(out, tl.minimum(start, end))
     tl.store(out + 1, tl.minimum(head, end))
     tl.store(out + 2, full)
     tl.store(out + 3, end)
+    tl.store(out + 4, holes)
 
 
-@triton.jit(do_not_specialize=["BH", "Q_LEN", "S", "rb", "rh"])
+@triton.jit(do_not_specialize=["BH", "Q_LEN", "S", "rb", "rh", "rq", "nb", "nh"])
 def key_kernel(
-    GRAD, Q, K, V, MASK, SPANS, TOP, DOT, DK, DVALUE, BH, Q_LEN, S, rb, rh,
+    GRAD, Q, K, V, MASK, VISIBLE, SPANS, TOP, DOT, DK, DVALUE, BH, Q_LEN, S, rb, rh, rq, nb, nh,
     sgb, sgh, sgm, sgd, sqb, sqh, sqm, sqd, skb, skh, sks, skd, svb, svh, svs, svd,
     smb, smh, smq, sms, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr,
     DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    MODE: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    MODE: tl.constexpr, BIAS: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of BN keys, the first ones first; batch row x key head)."""
+    """Program (tile of BN keys, the first ones first; batch row x key head).
+
+    With a mask there are two launches: APART, for tiles that a query with holes or a bias sees,
+    does nothing for the others, and the other way round, where no mask is read.
+    """
     after_others(PDL)
     bh = tl.program_id(0) % BH
     b, kh = (bh // (H // G)).to(tl.int64), (bh % (H // G)).to(tl.int64)
     key0 = tl.program_id(0) // BH * BN
     key = key0 + tl.arange(0, BN)
     there = key < S
+    spans = SPANS + (b * nb + kh * G * nh + key0 // BN) * 5
+    if MODE == "mask":
+        holes = 0
+        for i in range(G):
+            holes = tl.maximum(holes, tl.load(spans + i * nh * 5 + 4))
+        mine = holes == (1 if APART else 0)
+        there = key < tl.where(mine, S, 0)
     k = _rows(K + b * skb + kh * skh, key, there[:, None], sks, skd, D, DP)
     v = _rows(V + b * svb + kh * svh, key, there[:, None], svs, svd, DV, DVP)
     slope = scale * LOG2E
@@ -359,28 +365,31 @@ def key_kernel(
     for i in range(G):
         h = kh * G + i
         Q_of, G_of = Q + b * sqb + h * sqh, GRAD + b * sgb + h * sgh
-        mask = MASK + b * smb + h * smh
+        mask, visible = MASK + b * smb + h * smh, VISIBLE + b * rb + h * rh
         at = (b * H + h) * Q_LEN
         if MODE == "mask":
-            span = SPANS + (b * rb + h * rh + key0 // BN) * 4
+            span = spans + i * nh * 5
             start, head = tl.load(span), tl.load(span + 1)
-            full, end = tl.load(span + 2), tl.load(span + 3)
+            full, end = tl.load(span + 2), tl.where(mine, tl.load(span + 3), 0)
         head = tl.where(full > head, head, end)
         full = tl.maximum(full, head)
         for row in tl.range(start, tl.minimum(head, end), BM, num_stages=1):
             dk, dv = _add_queries(
-                dk, dv, k, v, row, Q_of, G_of, Q_LEN, key, there, TOP + at, DOT + at,
-                mask, sqm, sqd, sgm, sgd, smq, sms, slope, D, DV, DP, DVP, BM, MODE, BIAS, True,
+                dk, dv, k, v, row, Q_of, G_of, Q_LEN, S, key, visible, rq, TOP + at, DOT + at,
+                mask, sqm, sqd, sgm, sgd, smq, sms, slope, D, DV, DP, DVP, BM, MODE, APART, BIAS,
+                True,
             )  # fmt: skip
-        for row in tl.range(head, full, BM, num_stages=STAGES):
+        for row in tl.range(head, tl.minimum(full, end), BM, num_stages=STAGES):
             dk, dv = _add_queries(
-                dk, dv, k, v, row, Q_of, G_of, Q_LEN, key, there, TOP + at, DOT + at,
-                mask, sqm, sqd, sgm, sgd, smq, sms, slope, D, DV, DP, DVP, BM, MODE, BIAS, False,
+                dk, dv, k, v, row, Q_of, G_of, Q_LEN, S, key, visible, rq, TOP + at, DOT + at,
+                mask, sqm, sqd, sgm, sgd, smq, sms, slope, D, DV, DP, DVP, BM, MODE, APART, BIAS,
+                False,
             )  # fmt: skip
         for row in tl.range(full, end, BM, num_stages=1):
             dk, dv = _add_queries(
-                dk, dv, k, v, row, Q_of, G_of, Q_LEN, key, there, TOP + at, DOT + at,
-                mask, sqm, sqd, sgm, sgd, smq, sms, slope, D, DV, DP, DVP, BM, MODE, BIAS, True,
+                dk, dv, k, v, row, Q_of, G_of, Q_LEN, S, key, visible, rq, TOP + at, DOT + at,
+                mask, sqm, sqd, sgm, sgd, smq, sms, slope, D, DV, DP, DVP, BM, MODE, APART, BIAS,
+                True,
             )  # fmt: skip
     d, e = tl.arange(0, DP)[None, :], tl.arange(0, DVP)[None, :]
     out = ((b * S + key) * (H // G) + kh)[:, None]
@@ -393,7 +402,7 @@ def key_kernel(
 def _spans(visible, q_len, tiles, t):
     """For each tile of keys the rows that see it (see `span_kernel`), and strides in tiles."""
     batch, heads = visible.shape[:2]
-    out = torch.empty((batch, heads, tiles, 4), dtype=torch.int32, device=visible.device)
+    out = torch.empty((batch, heads, tiles, 5), dtype=torch.int32, device=visible.device)
     launch(
         span_kernel, batch * heads * tiles, visible, out, q_len, tiles, heads,
         *strides(visible)[:3], BM=t.step, BN=t.own, N=4096 // t.step, num_warps=8,
@@ -435,8 +444,9 @@ def sdpa_backward(
         "MODE": "mask" if attn_mask is not None else "causal" if is_causal else "all",
         "BIAS": attn_mask is not None and attn_mask.is_floating_point(),
     }  # fmt: skip
+    launches = (False, True) if attn_mask is not None else (False,)
     t = of_queries
-    for apart in (False, True) if attn_mask is not None else (False,):
+    for apart in launches:
         launch(
             query_kernel, triton.cdiv(q_len, t.own) * b * h, grad, query, key, value, *arrays,
             found[0], *stats, b * h, q_len, s, *numbers[:3], *strides(grad), *steps,
@@ -447,9 +457,11 @@ def sdpa_backward(
     spans, spans_steps = query, (0, 0)
     if attn_mask is not None:
         spans, spans_steps = _spans(arrays[1], q_len, triton.cdiv(s, t.own), t)
-    launch(
-        key_kernel, triton.cdiv(s, t.own) * b * hkv, grad, query, key, value, arrays[0], spans,
-        *stats, *found[1:], b * hkv, q_len, s, *spans_steps, *strides(grad), *steps, *numbers[3:],
-        float(scale), **options, BM=t.step, BN=t.own, STAGES=t.stages, num_warps=t.warps,
-    )  # fmt: skip
+    for apart in launches:
+        launch(
+            key_kernel, triton.cdiv(s, t.own) * b * hkv, grad, query, key, value, *arrays, spans,
+            *stats, *found[1:], b * hkv, q_len, s, *numbers[:3], *spans_steps, *strides(grad),
+            *steps, *numbers[3:], float(scale), **options, APART=apart,
+            BM=t.step, BN=t.own, STAGES=t.stages, num_warps=t.warps,
+        )  # fmt: skip
     return tuple(t.transpose(1, 2) for t in found)

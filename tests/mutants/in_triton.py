@@ -62,8 +62,8 @@ MUTANTS = (
     Mutant(
         "the gradient of a query has no holes",
         "kernels/attention_backward/gpu.py",
-        "        alike = (tl.min(whole, 0) > 0) & (",
-        "        alike = (tl.min(whole, 0) > -1) & (",
+        "alike = (tl.min((plain > 0) &",
+        "alike = (tl.min((plain > -1) &",
         "keys within the range of a row are added though its mask leaves them out",
         ATTENTION_GRADIENTS,
     ),
@@ -73,6 +73,14 @@ MUTANTS = (
         "(last >= high) & (whole > 0)",
         "(last >= high) & (whole > -1)",
         "queries are added though their mask leaves the key out",
+        ATTENTION_GRADIENTS,
+    ),
+    Mutant(
+        "the gradient of a key reads no mask",
+        "kernels/attention_backward/gpu.py",
+        "(sees & (whole == 0))",
+        "(sees & (whole < 0))",
+        "at the edges of what sees a key, holes of the mask are added",
         ATTENTION_GRADIENTS,
     ),
     Mutant(
