@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule
 from bicompile import ahead, artifacts, capture, inductor, native
 from bicompile.graph import device_of, subgraphs
 from bicompile.options import Options
+from bicompile.passes.drop_whole_slices import drop_whole_slices
 from bicompile.passes.read_halves import read_halves
 from bicompile.passes.repeat_kv import undo_repeat_kv_of_gradients
 from bicompile.pipeline import OPTIONAL, Run, run_pipeline
@@ -63,6 +64,7 @@ Finish = Callable[..., Any]
 
 def _over_both(graph: Graph) -> None:
     """The passes over forward and backward together."""
+    drop_whole_slices(graph)
     read_halves(graph)
     undo_repeat_kv_of_gradients(graph)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -239,7 +240,7 @@ def gradients_of(repeat, more=lambda k: 0.0, dtype=torch.bfloat16, compile=bicom
 
 REPEATS = {
     "transformers": lambda t, n: (
-        t[:, :, None]
+        t[:, :, None, :, :]
         .expand(t.shape[0], t.shape[1], n, *t.shape[2:])
         .reshape(t.shape[0], t.shape[1] * n, *t.shape[2:])
     ),
@@ -247,10 +248,13 @@ REPEATS = {
 }
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("repeat", REPEATS.values(), ids=REPEATS)
-def test_gradients_of_repeated_heads_are_summed_by_the_op(repeat):
-    """Each head's gradient is not rounded before the sum."""
-    testing.assert_same_bits(gradients_of(repeat), gradients_of(None), "repeated")
+def test_gradients_of_repeated_heads_are_summed_by_the_op(repeat, dynamic):
+    """Each head's gradient is not rounded before the sum, whatever the graph knows of sizes."""
+    compile = functools.partial(torch.compile, backend="batch_invariant", dynamic=dynamic)
+    found = gradients_of(repeat, compile=compile)
+    testing.assert_same_bits(found, gradients_of(None), "repeated")
 
 
 def test_gradients_of_repeated_heads_that_others_read_are_left_alone():
