@@ -56,8 +56,10 @@ def test_statistics_of_a_row_far_from_zero(k):
     assert (ours - exact).norm() <= 1.02 * (theirs - exact).norm()
 
 
-def test_eps_of_rms_norm():
-    x = torch.randn(3, 16) * 1e-4
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_eps_of_rms_norm(dtype, device):
+    x = (torch.randn(3, 16) * 1e-4).to(device, dtype)
     ours = compiled(lambda x: torch.ops.aten._fused_rms_norm(x, [16], None, None)[0], x)
     torch.testing.assert_close(ours, F.rms_norm(x, (16,)))
 

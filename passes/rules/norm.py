@@ -37,7 +37,8 @@ def _group_norm(emit, input, weight, bias, N, C, HxW, group, eps):
 
 
 def _fused_rms_norm(emit, input, normalized_shape, weight, eps):
-    eps = torch.finfo(value(input).dtype).eps if eps is None else float(eps)
+    wider = torch.promote_types(value(input).dtype, torch.float32)  # as PyTorch: not a half's
+    eps = torch.finfo(wider).eps if eps is None else float(eps)
     if weight is not None and value(weight).dtype is not value(input).dtype:
         return NotImplemented
     ndim = len(normalized_shape)
