@@ -38,6 +38,8 @@ class Subject:
     """Whether rows are apart: a loss that is a mean is not."""
     half: bool = True
     """Whether PyTorch has it in bfloat16, with roundings between the same ops."""
+    reference: Callable[..., torch.Tensor] | None = None
+    """The same function, where PyTorch chooses freely among equal elements: we take the first."""
 
     @property
     def graphs(self):
@@ -307,8 +309,18 @@ SUBJECTS = {
         ((40, 24),),
     ),
     "sort": Subject("->", lambda x: torch.sort(x, stable=True).values, LINE),
-    "topk": Subject("topk ->", lambda x: x.topk(5).values, LINE),
-    "kthvalue": Subject("topk ->", lambda x: x.kthvalue(3).values, LINE),
+    "topk": Subject(
+        "topk ->",
+        lambda x: x.topk(5).values,
+        LINE,
+        reference=lambda x: x.sort(stable=True, descending=True).values[..., :5],
+    ),
+    "kthvalue": Subject(
+        "topk ->",
+        lambda x: x.kthvalue(3).values,
+        LINE,
+        reference=lambda x: x.sort(stable=True).values[..., 2],
+    ),
     # losses
     "cross_entropy": Subject(
         "softmax_statistics sum -> _log_softmax_backward_data nll_loss_backward sum",

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ class Gradients:
         """Rows, weights, and the gradient of the result."""
         given = self.subject.problem(rows, self.dtype, seed)
         with torch.no_grad():
-            out = self.subject.function(*given[0], *given[1])
+            out = self.subject.function(*(wider(t) for part in given for t in part))
         return (*given, normal(out.shape, self.dtype, seed))
 
     def __call__(self, rows, weights, grad):
@@ -74,10 +75,16 @@ class Gradients:
         return self(rows, weights, grad)[: -len(weights) or None]
 
 
+def wider(t):
+    """In float64: PyTorch has not every op in half types on a CPU."""
+    return t.double() if t.is_floating_point() else t
+
+
 def exactly(subject, rows, weights, grad):
     """The same in float64."""
-    wide = [[t.double() if t.is_floating_point() else t for t in p] for p in (rows, weights)]
-    return Gradients(subject, eagerly)(*wide, grad.double())
+    wide = [[wider(t) for t in part] for part in (rows, weights)]
+    function = subject.reference or subject.function
+    return Gradients(replace(subject, function=function), eagerly)(*wide, grad.double())
 
 
 def check_rows(gradients):
@@ -108,20 +115,23 @@ def error(found, true):
 
 
 def check_errors(gradients):
-    """As exact as PyTorch's, or as the true values rounded, over four batches.
+    """As exact as PyTorch's, or as the true values rounded, over some batches.
 
     Typical errors of each lie within those of the other; on the whole they are no larger, neither
     of the gradients of rows nor of those of weights.
     """
     eager, errors = Gradients(gradients.subject, eagerly, gradients.device, gradients.dtype), []
-    for seed in range(4):
+    batches = 16 if gradients.device == "cuda" else 4  # there PyTorch's own errors vary more
+    for seed in range(batches):
         problem = gradients.problem(24, seed)
         true = exactly(gradients.subject, *problem)
         pairs = zip(gradients(*problem), eager(*problem), true, strict=True)
         for a, b, c in pairs:
             assert a.shape == b.shape and a.dtype == b.dtype
             errors.append([error(v, c) for v in (a, b, c.to(a.dtype))])
-    ours, theirs, rounding = torch.tensor(errors, dtype=torch.float64).view(4, -1, 3).unbind(-1)
+    ours, theirs, rounding = (
+        torch.tensor(errors, dtype=torch.float64).view(batches, -1, 3).unbind(-1)
+    )
     theirs = theirs.maximum(rounding)
     assert (ours.median(0).values <= theirs.amax(0)).all(), (ours, theirs)
     ratios = ours.mean(0).clamp(min=1e-30) / theirs.mean(0).clamp(min=1e-30)
