@@ -128,7 +128,9 @@ def _rows_cuda(family: str, name: str, args: Sequence[Any]) -> Choice:
     total, k = math.prod(sizes), _reduced(name, sizes, args)
     rows = total // k if k else 0
     entry = rows_table.entry(k, min(1 << (max(k, 1) - 1).bit_length(), BLOCK))
-    chosen = _served(family, entry.name, rows_table.wanted(rows, entry), entry.single)
+    crowded = name in ("layer_norm", "group_norm", "layer_norm_backward", "group_norm_backward")
+    wanted = rows_table.wanted(rows, entry, crowded)
+    chosen = _served(family, entry.name, wanted, entry.single)
     return _choice(chosen, (entry.single, entry.many))
 
 

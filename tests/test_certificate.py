@@ -86,7 +86,7 @@ def test_tables_ask_the_certificate(h100):
     assert chosen() == matmul.schedule(*many) == SINGLE
     make().write(h100)
     assert matmul.schedule(*few) == matmul.schedule(*many) == LISTED
-    assert rows.schedule("reduce", 1_000_000, 50, 64) == rows.TABLE[1].single
+    assert rows.schedule("reduce", 1_000_000, 50, 64, False) == rows.TABLE[1].single
     assert attention.schedule(2, 128, 1, "9.0") == attention.SINGLE[2, 128]
     assert attention.splits(1, 8, 1024) is False
 

@@ -149,7 +149,7 @@ def _normalise(x, weight, bias, out, stats, groups, channels, spatial, eps, chos
             layer_norm_kernel, x, _flat(weight, x), _flat(bias, x), out, mean, rstd,
             *x.shape, *strides(x), groups, channels, spatial, float(eps),
             HAS_W=weight is not None, HAS_B=bias is not None, ONE=x.shape[1] <= BLOCK,
-            family="norm", chosen=chosen,
+            family="norm", crowded=True, chosen=chosen,
         )  # fmt: skip
     return out, mean, rstd
 
@@ -242,7 +242,8 @@ def _input_gradient(grad, input, mean, rstd, weight, rows, groups, channels, spa
         launch_rows(
             norm_backward_kernel, g, x, _flat(mean, x), _flat(rstd, x), _flat(weight, x), out,
             *g.shape, *strides(g), *strides(x), groups, channels, spatial,
-            HAS_W=weight is not None, CENTRED=mean is not None, family="norm", chosen=chosen,
+            HAS_W=weight is not None, CENTRED=mean is not None, family="norm", crowded=True,
+            chosen=chosen,
         )  # fmt: skip
     return out
 

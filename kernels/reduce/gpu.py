@@ -175,11 +175,11 @@ def _out(self, dim, keepdim, dtype, shape):
     return torch.empty(shape, dtype=dtype, device=self.device)
 
 
-def launch_rows(kernel, x, *args, family="reduce", chosen=None, **constants):
+def launch_rows(kernel, x, *args, family="reduce", crowded=False, chosen=None, **constants):
     """Run a row kernel of a family over x [M, K] on the table's (or the chosen) schedule."""
     m, k = x.shape
     j, lanes = row_shape(k)
-    s = chosen or schedule(family, m, k, j * lanes)
+    s = chosen or schedule(family, m, k, j * lanes, crowded)
     programs = triton.cdiv(m, s.rows)
     launch(kernel, programs, x, *args, **constants, R=s.rows, J=j, L=lanes, num_warps=s.warps)
 
