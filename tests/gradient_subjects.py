@@ -237,7 +237,9 @@ SUBJECTS = {
     "attention, groups": Subject(ATTENTION, attend(enable_gqa=True, scale=0.3), GROUPS),
     "attention, window": Subject(ATTENTION, window, HEADS),
     "avg_pool2d": Subject("-> avg_pool2d_backward", lambda x: F.avg_pool2d(x, 3, 2, 1), IMAGE),
-    "avg_pool3d": Subject("-> avg_pool3d_backward", lambda x: F.avg_pool3d(x, 2), SOLID),
+    "avg_pool3d": Subject(
+        "-> avg_pool3d_backward", lambda x: F.avg_pool3d(x, 2), SOLID, half=False
+    ),
     "adaptive_avg_pool2d": Subject(
         "-> _adaptive_avg_pool2d_backward", lambda x: F.adaptive_avg_pool2d(x, (2, 4)), IMAGE
     ),
@@ -368,6 +370,7 @@ SUBJECTS = {
             a.tril() * 0.1 + torch.eye(8, dtype=a.dtype, device=a.device), b, upper=False
         ),
         ((8, 8), (8, 5)),
+        half=False,
     ),
     # images
     "interpolate": Subject(INDEX_ADD, lambda x: F.interpolate(x, (13, 7), mode="bilinear"), IMAGE),

@@ -58,7 +58,7 @@ class Gradients:
         """Rows, weights, and the gradient of the result."""
         given = self.subject.problem(rows, self.dtype, seed)
         with torch.no_grad():
-            out = self.subject.function(*(wider(t) for part in given for t in part))
+            out = self.subject.function(*given[0], *given[1])
         return (*given, normal(out.shape, self.dtype, seed))
 
     def __call__(self, rows, weights, grad):
@@ -75,14 +75,9 @@ class Gradients:
         return self(rows, weights, grad)[: -len(weights) or None]
 
 
-def wider(t):
-    """In float64: PyTorch has not every op in half types on a CPU."""
-    return t.double() if t.is_floating_point() else t
-
-
 def exactly(subject, rows, weights, grad):
     """The same in float64."""
-    wide = [[wider(t) for t in part] for part in (rows, weights)]
+    wide = [[t.double() if t.is_floating_point() else t for t in p] for p in (rows, weights)]
     function = subject.reference or subject.function
     return Gradients(replace(subject, function=function), eagerly)(*wide, grad.double())
 
