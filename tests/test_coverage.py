@@ -11,7 +11,7 @@ from rewriting import x
 
 from bicompile import cli, coverage, native, registry, testing
 from bicompile.coverage import checks, models, ops, page
-from bicompile.coverage.results import CLASSES, FAILED, OnGpu, Results
+from bicompile.coverage.results import CLASSES, FAILED, UNUSED, OnGpu, Results, first_line
 from bicompile.coverage.zoo import ZOO, Entry
 from bicompile.passes.rules import RULES
 
@@ -163,6 +163,22 @@ def test_a_wrong_value_is_caught(monkeypatch):
     monkeypatch.setattr(checks, "_compiled", lambda *_, **__: lambda x: rows(x) + 1e-4)
     with pytest.raises(AssertionError, match="relative error"):
         checks.check(rows, [torch.randn(5, 7)])
+
+
+def test_what_pytorch_has_not_on_a_device_is_no_failure():
+    def absent(x):
+        raise NotImplementedError("\"absent\" not implemented for 'BFloat16'")
+
+    with pytest.raises(checks.NotThere, match="not implemented") as told:
+        checks.check(absent, [torch.randn(3)])
+    assert coverage._on_gpu(told.value).verdict == UNUSED
+    with pytest.raises(checks.NotThere, match="has it not"):
+        ops.check("an operation of a later release", "float32", 0)
+
+
+def test_the_cause_is_told_where_a_backend_failed():
+    told = RuntimeError("BackendCompilerFailed: backend='ours' raised:\nValueError: the cause\n")
+    assert first_line(told) == "RuntimeError: ValueError: the cause"
 
 
 def test_rows_are_found_where_they_are():

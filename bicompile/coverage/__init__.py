@@ -15,6 +15,7 @@ from bicompile import pool
 from bicompile.coverage.results import (
     CLASSES,
     FAILED,
+    UNUSED,
     ModelResult,
     OnGpu,
     OpResult,
@@ -167,6 +168,10 @@ def _models_on_gpu(args: argparse.Namespace, results: Results, console: Console)
 
 def _on_gpu(found: OnGpu | list[str] | BaseException) -> OnGpu:
     """What a check of a sample or a model returned or raised."""
+    from bicompile.coverage.checks import NotThere
+
+    if isinstance(found, NotThere):
+        return OnGpu(UNUSED, reason=first_line(found))
     if isinstance(found, BaseException):
         refused = isinstance(found, BicompileError)
         return OnGpu(Verdict.REFUSED.value if refused else FAILED, reason=first_line(found))

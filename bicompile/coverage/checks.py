@@ -11,6 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bicompile import testing
+from bicompile.coverage.results import first_line
 
 Function = Callable[..., Any]
 Tensors = Sequence[torch.Tensor]
@@ -19,6 +20,10 @@ WIDE = (torch.float32, torch.bfloat16, torch.float16)
 SHORT = (torch.bfloat16, torch.float16)
 MOST_SEARCHED = 64
 """Choices of an axis for each input that are tried to find the rows of an operation."""
+
+
+class NotThere(Exception):
+    """PyTorch itself has not the operation: not in this release, or not on this device."""
 
 
 def check(
@@ -36,7 +41,7 @@ def check(
         tensors: its inputs; each run gets copies.
         value: whether the values mean anything, as those of torch.empty do not.
         layouts: whether PyTorch itself can compile it for inputs in other layouts.
-        device: where the compiled code runs; inputs and what it is held against stay on the CPU.
+        device: where the compiled code and eager PyTorch run; inputs and results stay on the CPU.
 
     Returns:
         the names of the checks that were made.
@@ -44,13 +49,15 @@ def check(
     Raises:
         InvarianceViolation: two runs that must agree bit for bit do not.
         AssertionError: the values are not those of eager PyTorch.
+        NotThere: eager PyTorch does not run it on this device.
     """
     with torch.no_grad():
+        eager = _eagerly(function, copies(tensors), device) if value else None
         run = _compiled(function, device)
         expected = run(*copies(tensors))
         if not value:
             return []
-        assert_right(function, tensors, expected)
+        assert_right(function, tensors, expected, eager)
         same(run(*copies(tensors)), expected, "second run")
         with testing.num_threads(2):
             same(run(*copies(tensors)), expected, "2 threads")
@@ -94,7 +101,26 @@ def pytorch_fails(function: Function, tensors: Tensors, *, dynamic: bool = False
 def _compiled(function: Function, device: str, dynamic: bool = False) -> Function:
     torch.compiler.reset()
     run = torch.compile(function, backend="batch_invariant", fullgraph=True, dynamic=dynamic)
-    return lambda *tensors: moved(run(*(moved(t, device) for t in tensors)), "cpu")
+
+    def there(*tensors: torch.Tensor) -> Any:
+        result = run(*(moved(t, device) for t in tensors))
+        if device == "cuda":
+            torch.cuda.synchronize()  # what was copied to the CPU without waiting is there, too
+        return moved(result, "cpu")
+
+    return there
+
+
+def _eagerly(function: Function, tensors: Tensors, device: str) -> Any:
+    """The result of eager PyTorch on a device, on the CPU.
+
+    Raises:
+        NotThere: PyTorch runs it on a CPU only, or not in this dtype.
+    """
+    try:
+        return moved(function(*(moved(t, device) for t in tensors)), "cpu")
+    except (RuntimeError, IndexError) as error:
+        raise NotThere(first_line(error)) from error
 
 
 def moved(x: Any, device: str) -> Any:
@@ -276,13 +302,12 @@ def _spoiled(t: torch.Tensor, axis: int | None, keep: int, bad: float) -> torch.
 # ----------------------------------------------------------------------------------------- values
 
 
-def assert_right(function: Function, tensors: Tensors, result: Any) -> None:
-    """The error against float64 is of the size of eager PyTorch's own.
+def assert_right(function: Function, tensors: Tensors, result: Any, eager: Any) -> None:
+    """The error of a result against float64 is of the size of eager PyTorch's own.
 
     Raises:
         AssertionError: with both errors.
     """
-    eager = function(*copies(tensors))
     pairs = list(zip(parts(result), parts(eager), strict=True))
     for ours, theirs in pairs:
         assert ours.shape == theirs.shape, f"{[*ours.shape]} is not {[*theirs.shape]}"
