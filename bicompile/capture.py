@@ -237,6 +237,7 @@ def _by_parts(op: Any) -> Callable[..., Any]:
 
 _PARTS = (
     aten._cdist_forward.default,
+    aten._fused_rms_norm.default,
     aten._pdist_forward.default,
     aten._weight_norm_interface.default,
     aten.grid_sampler_2d.default,
@@ -259,7 +260,7 @@ OWNED = frozenset(
     """
     mm bmm addmm baddbmm addbmm addmv mv dot vdot linear
     native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward
-    _fused_rms_norm _fused_rms_norm_backward native_batch_norm native_batch_norm_backward
+    native_batch_norm native_batch_norm_backward
     _native_batch_norm_legit _native_batch_norm_legit_functional
     _batch_norm_with_update _batch_norm_with_update_functional
     _softmax _softmax_backward_data logsumexp

@@ -198,12 +198,9 @@ def test_another_process(names):
 
 # ------------------------------------------------------------------------- none may be forgotten
 
-ON_A_GPU = {
-    *("_fused_rms_norm_backward", "rms_norm"),
-    *("_thnn_fused_lstm_cell_backward_impl", "_thnn_fused_gru_cell_backward"),
-}
-"""Of ops that PyTorch opens on a CPU: tests/test_rules.py and tests/test_recurrent.py."""
-INFERENCE = {"qk_norm_rope", "swiglu"}
+ON_A_GPU = {"_thnn_fused_lstm_cell_backward_impl", "_thnn_fused_gru_cell_backward"}
+"""Of ops that PyTorch opens on a CPU: tests/test_recurrent.py."""
+INFERENCE = {"qk_norm_rope", "rms_norm", "swiglu"}
 """Fused where no gradient needs what lies between the ops."""
 
 

@@ -62,14 +62,6 @@ def _layer_norm_backward(
     )
 
 
-def _fused_rms_norm_backward(emit, grad_out, input, normalized_shape, rstd, weight, output_mask):
-    wanted = [*output_mask, False]
-    found = _layer_norm_backward(
-        emit, grad_out, input, normalized_shape, None, rstd, weight, None, wanted
-    )
-    return found[:2]
-
-
 def group_norm_backward(emit, grad_out, input, mean, rstd, weight, N, C, HxW, group, output_mask):
     """A row op for the input, sums over all samples for the weight and the bias."""
     found = None
@@ -118,7 +110,6 @@ def _embedding_dense_backward(
 RULES = (
     (aten._softmax_backward_data.default, "softmax_backward", _softmax_backward),
     (aten.native_layer_norm_backward.default, "layer_norm_backward", _layer_norm_backward),
-    (aten._fused_rms_norm_backward.default, "layer_norm_backward", _fused_rms_norm_backward),
     (aten.native_group_norm_backward.default, "group_norm_backward", group_norm_backward),
     (aten.embedding_dense_backward.default, "index_add", _embedding_dense_backward),
 )
