@@ -145,6 +145,13 @@ def mode(x: Tensor, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tenso
     return found if keepdim else (found[0].squeeze(dim), found[1].squeeze(dim))
 
 
+def power(self: torch.Tensor, exponent: Any) -> Any:
+    """`x ** n` with n as it is: Inductor multiplies only where it knows a whole number."""
+    if isinstance(exponent, torch.SymInt):
+        return aten.pow.Tensor_Scalar(self, int(exponent))
+    return NotImplemented
+
+
 TABLE: Mapping[torch._ops.OpOverload, Callable[..., Any]] = {
     **pooling.TABLE,
     **recurrent.TABLE,
@@ -158,4 +165,5 @@ TABLE: Mapping[torch._ops.OpOverload, Callable[..., Any]] = {
     aten.nanmedian.dim: nanmedian,
     aten.nanmedian.default: nanmedian_of_all,
     aten.mode.default: mode,
+    aten.pow.Tensor_Scalar: power,
 }

@@ -264,6 +264,9 @@ def _replacements() -> tuple[tuple[Any, str, Any], ...]:
     table.append((exc.OperatorIssue, text, _named(text, lambda target, *_: str(target))))
     # With CI in the environment, an op that Inductor would have decomposed is else an error here.
     table.append((graph, "make_fallback", functools.partial(lowering.make_fallback, warn=False)))
+    # On a GPU a constant divisor becomes a factor, with other bits than where it is not known: a
+    # number of rows in a graph with sizes that vary.
+    table.append((lowering, "get_constant_value", lambda *_: None))
     group = cpp.KernelGroup
     table.append((group, "codegen_group", _with_header(group.codegen_group)))
     return tuple(table)

@@ -64,6 +64,21 @@ def test_eps_of_rms_norm(dtype, device):
     torch.testing.assert_close(ours, F.rms_norm(x, (16,)))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("n", [3, 7, 3.0])
+@pytest.mark.parametrize("name", ["pow", "div"])
+def test_a_number_that_may_vary_counts_as_one_that_may_not(name, n, device):
+    """A dynamic graph takes the numbers of a closure for inputs."""
+    x = torch.randn(57, 33).to(device)
+    function = lambda x: getattr(torch, name)(x, n)  # noqa: E731
+    found = []
+    for dynamic in (False, True):
+        torch._dynamo.reset()
+        run = torch.compile(function, backend="batch_invariant", dynamic=dynamic)
+        found.append(run(x))
+    testing.assert_same_bits(found[1], found[0], "dynamic")
+
+
 def test_every_op_rounds_though_it_is_fused():
     x, y, z = (torch.randn(5, 33).bfloat16() for _ in range(3))
 

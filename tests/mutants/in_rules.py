@@ -310,4 +310,20 @@ MUTANTS = (
         "the position of a maximum follows the strides",
         ("tests/test_parts.py", "-k", "positions or counting"),
     ),
+    Mutant(
+        "an exponent that may vary stays",
+        "bicompile/decompositions.py",
+        "    if isinstance(exponent, torch.SymInt):\n        return aten.pow",
+        "    if False:\n        return aten.pow",
+        "a power has other bits in a graph that takes its exponent for an input",
+        ("tests/test_values.py", "-k", "number"),
+    ),
+    Mutant(
+        "slices of a whole tensor stay",
+        "bicompile/backend.py",
+        "    drop_whole_slices(graph)\n",
+        "",
+        "gradients of repeated heads are rounded one by one where sizes vary",
+        ("tests/test_attention_gradients.py", "-k", "repeated"),
+    ),
 )
