@@ -8,6 +8,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from bicompile import native, registry, testing
 
@@ -77,6 +78,27 @@ def test_a_number_that_may_vary_counts_as_one_that_may_not(name, n, device):
         run = torch.compile(function, backend="batch_invariant", dynamic=dynamic)
         found.append(run(x))
     testing.assert_same_bits(found[1], found[0], "dynamic")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_a_decomposition_rounds_does_not_follow_strides(device):
+    """The factor of renorm is rounded whether it is joined with the product or not."""
+    x = 3 * torch.randn(40, 5, 50).to(device, torch.bfloat16)
+    norm = torch.linalg.vector_norm(x, 2, (1, 2), True, dtype=torch.float32)
+    factor = torch.where(norm > 1, 1 / (norm + 1e-7), 1.0).bfloat16()
+    for given in (x, x.mT.contiguous().mT):
+        torch._dynamo.reset()
+        run = torch.compile(lambda x: torch.renorm(x, 2, 0, 1.0), backend="batch_invariant")
+        testing.assert_same_bits(run(given), x * factor, "rounded")
+
+
+def test_half_types_within_a_decomposition_are_marked():
+    from bicompile.inductor import _round_every_op
+
+    graph = make_fx(lambda x: (x.bfloat16() + 1).float())(torch.randn(3)).graph
+    _round_every_op(graph)
+    marked = [n.meta.get("low_precision_pointwise_barrier", False) for n in graph.nodes]
+    assert marked == [False, True, True, True, False]
 
 
 def test_every_op_rounds_though_it_is_fused():
