@@ -122,7 +122,7 @@ def test_parts_of_attention_are_built_by_their_own_names(monkeypatch):
     names = [function.__name__ for function, _, _ in launched]
     assert names == [
         *("range_kernel", "attention_kernel"),
-        *("query_kernel", "query_kernel", "span_kernel", "key_kernel"),
+        *("query_kernel", "query_kernel", "span_kernel", "key_kernel", "key_kernel"),
     ]
     assert all(k["warmup"] for _, _, k in launched)
     assert launched[1][2]["TMA"]

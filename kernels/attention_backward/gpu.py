@@ -172,10 +172,9 @@ def query_kernel(
         end = tl.max(last, 0) + 1
     else:
         last = tl.where(here, S - 1, -1)
-        if MODE == "causal":
-            last = tl.minimum(last, query)
         anchor, until, end = 0, S, S
         if MODE == "causal":
+            last = tl.minimum(last, query)
             until, end = tl.minimum(query0 + 1, S), tl.minimum(query0 + BM, S)
     q = _rows(Q + b * sqb + h * sqh, query, here[:, None], sqm, sqd, D, DP)
     g = _rows(GRAD + b * sgb + h * sgh, query, here[:, None], sgm, sgd, DV, DVP)
