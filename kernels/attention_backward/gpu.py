@@ -18,7 +18,14 @@ import triton.language as tl
 
 from bicompile.kernels.attention.gradients import sdpa_backward as of_float32
 from bicompile.kernels.attention.masks import NO_KEY, mask_arguments, visible_range
-from bicompile.kernels.attention.tiles import LANES, _fold, _seen
+from bicompile.kernels.attention.tiles import LANES
+from bicompile.kernels.attention_backward.tiles import (
+    add_keys,
+    add_queries,
+    add_weights,
+    load_rows,
+    scores,
+)
 from bicompile.kernels.common.launch import after_others, launch
 from bicompile.kernels.common.trees import LOG2E, pair_tree, strides
 
@@ -39,96 +46,6 @@ TILES = (
     (Tiles(128, 64, 8, 3), Tiles(64, 32, 4, 3)),
     (Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
 )
-
-
-@triton.jit
-def _rows(X, n, there, stride, column_stride, D: tl.constexpr, DP: tl.constexpr):
-    """Rows n of a matrix, [N, DP]; what is not there is 0."""
-    d = tl.arange(0, DP)[None, :]
-    if D != DP:
-        there = there & (d < D)
-    return tl.load(X + n.to(tl.int64)[:, None] * stride + d * column_stride, there, other=0.0)
-
-
-@triton.jit
-def _finite(x, EDGE: tl.constexpr):
-    """x without NaN and inf: the other operand is NaN already where they are seen."""
-    if EDGE:
-        x = tl.where(x - x == 0.0, x, 0.0).to(x.dtype)
-    return x
-
-
-@triton.jit
-def _visible(
-    x, key, first, last, MASK, sms, MASKED: tl.constexpr, BIAS: tl.constexpr, EDGE: tl.constexpr
-):
-    """Scores in units of log2, -inf where a key is not seen, and which are seen.
-
-    Queries see keys `first` to `last`; MASKED: those of them that the mask shows.  One of query and
-    key is a column, the other a row; MASK has the shape of the query.  Not EDGE: all keys of the
-    tile are seen.
-    """
-    vis = (key >= first) & (key <= last)
-    if EDGE:
-        if MASKED:
-            m = tl.load(MASK + key.to(tl.int64) * sms, mask=vis, other=0)
-            if BIAS:
-                m = m.to(tl.float32)
-                vis = vis & (m != float("-inf"))
-                x = x + m * LOG2E
-            else:
-                vis = vis & _seen(m)
-        x = tl.where(vis, x, float("-inf"))
-    return x, vis
-
-
-@triton.jit
-def _weights(x, top, vis, EDGE: tl.constexpr):
-    """Weights divided by their sum, by way of its logarithm, which `top` has."""
-    p = tl.math.exp2(x - top)
-    if EDGE:
-        p = tl.where(vis, p, 0.0)
-    return p
-
-
-@triton.jit
-def _scores(
-    q, g, key0, K, V, S, first, last, MASK, sks, skd, svs, svd, sms, slope,
-    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr,
-    MASKED: tl.constexpr, BIAS: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
-    """A tile of keys, its scores, which of them are seen, and the gradients of the weights."""
-    key = key0 + tl.arange(0, BN)
-    there = (key >= 0) & (key < S) if EDGE else key >= key0
-    k = _rows(K, key, there[:, None], sks, skd, D, DP)
-    v = _rows(V, key, there[:, None], svs, svd, DV, DVP)
-    x, vis = _visible(
-        tl.dot(q, k.T) * slope, key[None, :], first[:, None], last[:, None], MASK, sms,
-        MASKED, BIAS, EDGE,
-    )  # fmt: skip
-    return k, x, vis, tl.dot(g, v.T)
-
-
-@triton.jit
-def _add_weights(m, sums, dots, x, vis, dp, BM: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr):
-    """The maximum, the sums of weights and of weight times gradient after one more tile of keys."""
-    m_new = tl.maximum(m, tl.max(x, 1))
-    top = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.math.exp2(x - top[:, None])
-    factor = tl.math.exp2(m - top)[:, None]
-    product = p * dp
-    if EDGE:
-        product = tl.where(vis, product, 0.0)
-    return m_new, sums * factor + _fold(p, BM, BN), dots * factor + _fold(product, BM, BN)
-
-
-@triton.jit
-def _add_keys(acc, k, x, vis, dp, top, dot, EDGE: tl.constexpr):
-    """The gradient of queries after one more tile of keys."""
-    ds = _weights(x, top, vis, EDGE) * (dp - dot)
-    if EDGE:
-        ds = tl.where(vis, ds, 0.0)
-    return tl.dot(ds.to(k.dtype), _finite(k, EDGE), acc)
 
 
 @triton.jit(do_not_specialize=["BH", "Q_LEN", "S", "rb", "rh", "rq"])
@@ -176,8 +93,8 @@ def query_kernel(
         if MODE == "causal":
             last = tl.minimum(last, query)
             until, end = tl.minimum(query0 + 1, S), tl.minimum(query0 + BM, S)
-    q = _rows(Q + b * sqb + h * sqh, query, here[:, None], sqm, sqd, D, DP)
-    g = _rows(GRAD + b * sgb + h * sgh, query, here[:, None], sgm, sgd, DV, DVP)
+    q = load_rows(Q + b * sqb + h * sqh, query, here[:, None], sqm, sqd, D, DP)
+    g = load_rows(GRAD + b * sgb + h * sgh, query, here[:, None], sgm, sgd, DV, DVP)
     K += b * skb + h // G * skh
     V += b * svb + h // G * svh
     mask = MASK + b * smb + h * smh + query.to(tl.int64)[:, None] * smq
@@ -190,25 +107,25 @@ def query_kernel(
         while anchor < NO_KEY:  # rows that begin here; the others stay as they are
             ends = tl.where(start == anchor, last, -1)
             for key0 in tl.range(anchor, end, BN, num_stages=1):
-                _, x, vis, dp = _scores(
+                _, x, vis, dp = scores(
                     q, g, key0, K, V, S, first, ends, mask, sks, skd, svs, svd, sms, slope,
                     D, DV, DP, DVP, BN, True, BIAS, True,
                 )  # fmt: skip
-                m, sums, dots = _add_weights(m, sums, dots, x, vis, dp, BM, BN, True)
+                m, sums, dots = add_weights(m, sums, dots, x, vis, dp, BM, BN, True)
             anchor = tl.min(tl.where(start > anchor, start, NO_KEY), 0)
     else:
         for key0 in tl.range(anchor, full, BN, num_stages=STAGES):
-            _, x, vis, dp = _scores(
+            _, x, vis, dp = scores(
                 q, g, key0, K, V, S, first, last, mask, sks, skd, svs, svd, sms, slope,
                 D, DV, DP, DVP, BN, False, BIAS, False,
             )  # fmt: skip
-            m, sums, dots = _add_weights(m, sums, dots, x, vis, dp, BM, BN, False)
+            m, sums, dots = add_weights(m, sums, dots, x, vis, dp, BM, BN, False)
         for key0 in tl.range(full, end, BN, num_stages=1):
-            _, x, vis, dp = _scores(
+            _, x, vis, dp = scores(
                 q, g, key0, K, V, S, first, last, mask, sks, skd, svs, svd, sms, slope,
                 D, DV, DP, DVP, BN, False, BIAS, True,
             )  # fmt: skip
-            m, sums, dots = _add_weights(m, sums, dots, x, vis, dp, BM, BN, True)
+            m, sums, dots = add_weights(m, sums, dots, x, vis, dp, BM, BN, True)
     total = pair_tree(sums, BM, W)
     top = tl.where(m == float("-inf"), 0.0, m)
     dot = pair_tree(dots, BM, W) * tl.where(total == 0.0, 0.0, tl.div_rn(1.0, total))
@@ -223,65 +140,28 @@ def query_kernel(
         while anchor < NO_KEY:
             ends = tl.where(start == anchor, last, -1)
             for key0 in tl.range(anchor, end, BN, num_stages=1):
-                k, x, vis, dp = _scores(
+                k, x, vis, dp = scores(
                     q, g, key0, K, V, S, first, ends, mask, sks, skd, svs, svd, sms, slope,
                     D, DV, DP, DVP, BN, True, BIAS, True,
                 )  # fmt: skip
-                acc = _add_keys(acc, k, x, vis, dp, top, dot, True)
+                acc = add_keys(acc, k, x, vis, dp, top, dot, True)
             anchor = tl.min(tl.where(start > anchor, start, NO_KEY), 0)
     else:
         for key0 in tl.range(anchor, full, BN, num_stages=STAGES):
-            k, x, vis, dp = _scores(
+            k, x, vis, dp = scores(
                 q, g, key0, K, V, S, first, last, mask, sks, skd, svs, svd, sms, slope,
                 D, DV, DP, DVP, BN, False, BIAS, False,
             )  # fmt: skip
-            acc = _add_keys(acc, k, x, vis, dp, top, dot, False)
+            acc = add_keys(acc, k, x, vis, dp, top, dot, False)
         for key0 in tl.range(full, end, BN, num_stages=1):
-            k, x, vis, dp = _scores(
+            k, x, vis, dp = scores(
                 q, g, key0, K, V, S, first, last, mask, sks, skd, svs, svd, sms, slope,
                 D, DV, DP, DVP, BN, False, BIAS, True,
             )  # fmt: skip
-            acc = _add_keys(acc, k, x, vis, dp, top, dot, True)
+            acc = add_keys(acc, k, x, vis, dp, top, dot, True)
     d = tl.arange(0, DP)[None, :]
     out = DQ + ((b * Q_LEN + query) * H + h)[:, None] * D + d
     tl.store(out, (acc * scale + 0.0).to(DQ.dtype.element_ty), mask=here[:, None] & (d < D))
-
-
-@triton.jit
-def _add_queries(
-    dk, dv, k, v, row, Q, GRAD, Q_LEN, S, key, VISIBLE, rq, TOP, DOT, MASK,
-    sqm, sqd, sgm, sgd, smq, sms, slope,
-    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr,
-    MODE: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
-    """The gradients of keys and values after one more tile of queries."""
-    query = row + tl.arange(0, BM)
-    here = query < Q_LEN if EDGE else query >= row
-    q = _rows(Q, query, here[:, None], sqm, sqd, D, DP)
-    g = _rows(GRAD, query, here[:, None], sgm, sgd, DV, DVP)
-    top = tl.load(TOP + query, mask=here, other=0.0)[None, :]
-    dot = tl.load(DOT + query, mask=here, other=0.0)[None, :]
-    mask = MASK + query.to(tl.int64)[None, :] * smq
-    first = tl.zeros([BM], tl.int32)
-    last = tl.where(here, S - 1, -1)
-    if MODE == "causal":
-        last = tl.minimum(last, query)
-    elif MODE == "mask" and EDGE:
-        first = tl.load(VISIBLE + query * rq, mask=here, other=NO_KEY)
-        last = tl.load(VISIBLE + query * rq + 1, mask=here, other=-1)
-    x, vis = _visible(
-        tl.dot(k, q.T) * slope, key[:, None], first[None, :], last[None, :], mask, sms,
-        MASKED, BIAS, EDGE,
-    )  # fmt: skip
-    p = _weights(x, top, vis, EDGE)
-    ds = p * (tl.dot(v, g.T) - dot)
-    if EDGE:
-        ds = tl.where(vis, ds, 0.0)
-        wild = tl.max((g - g != 0.0).to(tl.int32), 1) > 0
-        p = tl.where(vis & wild[None, :], float("nan"), p)
-    dv = tl.dot(p.to(g.dtype), _finite(g, EDGE), dv)
-    dk = tl.dot(ds.to(q.dtype), _finite(q, EDGE), dk)
-    return dk, dv
 
 
 @triton.jit(do_not_specialize=["Q_LEN", "rb", "rh", "rq"])
@@ -351,8 +231,8 @@ def key_kernel(
             holes = tl.maximum(holes, tl.load(spans + i * nh * 5 + 4))
         mine = holes == (1 if APART else 0)
         there = key < tl.where(mine, S, 0)
-    k = _rows(K + b * skb + kh * skh, key, there[:, None], sks, skd, D, DP)
-    v = _rows(V + b * svb + kh * svh, key, there[:, None], svs, svd, DV, DVP)
+    k = load_rows(K + b * skb + kh * skh, key, there[:, None], sks, skd, D, DP)
+    v = load_rows(V + b * svb + kh * svh, key, there[:, None], svs, svd, DV, DVP)
     slope = scale * LOG2E
     start, head, full, end = 0, 0, Q_LEN // BM * BM, Q_LEN
     if MODE == "causal":  # rows before see none of these keys
@@ -373,19 +253,19 @@ def key_kernel(
         head = tl.where(full > head, head, end)
         full = tl.maximum(full, head)
         for row in tl.range(start, tl.minimum(head, end), BM, num_stages=1):
-            dk, dv = _add_queries(
+            dk, dv = add_queries(
                 dk, dv, k, v, row, Q_of, G_of, Q_LEN, S, key, visible, rq, TOP + at, DOT + at,
                 mask, sqm, sqd, sgm, sgd, smq, sms, slope, D, DV, DP, DVP, BM, MODE, APART, BIAS,
                 True,
             )  # fmt: skip
         for row in tl.range(head, tl.minimum(full, end), BM, num_stages=STAGES):
-            dk, dv = _add_queries(
+            dk, dv = add_queries(
                 dk, dv, k, v, row, Q_of, G_of, Q_LEN, S, key, visible, rq, TOP + at, DOT + at,
                 mask, sqm, sqd, sgm, sgd, smq, sms, slope, D, DV, DP, DVP, BM, MODE, APART, BIAS,
                 False,
             )  # fmt: skip
         for row in tl.range(full, end, BM, num_stages=1):
-            dk, dv = _add_queries(
+            dk, dv = add_queries(
                 dk, dv, k, v, row, Q_of, G_of, Q_LEN, S, key, visible, rq, TOP + at, DOT + at,
                 mask, sqm, sqd, sgm, sgd, smq, sms, slope, D, DV, DP, DVP, BM, MODE, APART, BIAS,
                 True,
