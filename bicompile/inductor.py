@@ -21,6 +21,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils._python_dispatch import _disable_current_modes
 
 from bicompile.errors import UnknownOption
+from bicompile.graph import subgraphs
 
 HEADER = Path(__file__).parent / "kernels" / "common" / "functions.h"
 
@@ -321,27 +322,24 @@ def _one_libdevice() -> Iterator[None]:
 # ---- Compilation ---------------------------------------------------------------------------------
 
 
-def _round_every_op(graph: torch.fx.Graph) -> None:
+def _round_every_op(gm: torch.fx.GraphModule) -> None:
     """Let `emulate_precision_casts` hold for what decompositions are made of, too.
 
     Tracing marks the ops of the program alone: a half type inside a decomposition would be rounded
     where a kernel ends and not where kernels are joined, which follows sizes and strides.
     """
-    for node in graph.nodes:
-        if any(_is_half(n) for n in (node, *node.all_input_nodes)):
+    halves = torch.bfloat16, torch.float16
+    for node in (n for module in subgraphs(gm) for n in module.graph.nodes):
+        values = (n.meta.get("val") for n in (node, *node.all_input_nodes))
+        if any(getattr(v, "dtype", None) in halves for v in values):
             node.meta["low_precision_pointwise_barrier"] = True
-
-
-def _is_half(node: torch.fx.Node) -> bool:
-    val = node.meta.get("val")
-    return isinstance(val, torch.Tensor) and val.dtype in (torch.bfloat16, torch.float16)
 
 
 def compile_inner(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
     """Inductor's inner compiler under `overrides()`: takes what `compile_fx` gives to `inner`."""
     from torch._inductor.compile_fx import compile_fx_inner
 
-    _round_every_op(gm.graph)
+    _round_every_op(gm)
     with overrides(), _one_libdevice():
         return compile_fx_inner(gm, example_inputs, **kwargs)
 

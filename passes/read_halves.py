@@ -15,9 +15,9 @@ becomes::
     %s = bicompile.softmax_statistics.default(%h, 1)
     %d = aten.sub.Tensor(%v, %max)
 
-because the op reads halves as float32, and all others that read %v are pointwise.  This is the one
-pass over forward and backward together: what only pointwise nodes read is computed again for the
-gradient, and no tensor of wide logits is ever in memory.
+because the op reads halves as float32, and all others that read %v are pointwise.  It runs over
+forward and backward together: what only pointwise nodes read is computed again for the gradient,
+and no tensor of wide logits is ever in memory.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bicompile import native, registry, testing
+from bicompile.inductor import _round_every_op
 
 OPS = registry.load_all()
 INF = math.inf
@@ -93,11 +94,12 @@ def test_what_a_decomposition_rounds_does_not_follow_strides(device):
 
 
 def test_half_types_within_a_decomposition_are_marked():
-    from bicompile.inductor import _round_every_op
-
-    graph = make_fx(lambda x: (x.bfloat16() + 1).float())(torch.randn(3)).graph
-    _round_every_op(graph)
-    marked = [n.meta.get("low_precision_pointwise_barrier", False) for n in graph.nodes]
+    """In graphs within the graph, too: layers that repeat are one."""
+    inside = make_fx(lambda x: (x.bfloat16() + 1).float())(torch.randn(3))
+    outside = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
+    outside.layer = inside
+    _round_every_op(outside)
+    marked = [n.meta.get("low_precision_pointwise_barrier", False) for n in inside.graph.nodes]
     assert marked == [False, True, True, True, False]
 
 

@@ -30,7 +30,7 @@ R = TypeVar("R")
 def first_line(error: BaseException) -> str:
     """The class of an error and the first line of its text that says something."""
     lines = str(error).strip().splitlines() or [""]
-    if "backend=" in lines[0] and len(lines) > 1:  # with an address; the cause follows
+    if lines[0].endswith("raised:") and len(lines) > 1:  # by a backend; the cause follows
         lines = lines[1:]
     return f"{type(error).__name__}: {lines[0]}"[:_LONGEST]
 
