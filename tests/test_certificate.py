@@ -21,6 +21,7 @@ from bicompile import certificate, cli, registry, sweep, verify
 from bicompile.certificate import Certificate, Family, Listing, Machine, choose
 from bicompile.errors import DamagedCertificate
 from bicompile.kernels.attention import schedules as attention
+from bicompile.kernels.convolution import schedules as convolution
 from bicompile.kernels.matmul import schedules as matmul
 from bicompile.kernels.reduce import schedules as rows
 from bicompile.kernels.rope import schedules as rope
@@ -238,6 +239,8 @@ def test_every_table_is_swept():
     tables = {("attention", "split"): {False, True}, ("rope", "heads"): set(rope.TABLE)}
     for kind, single in matmul.SINGLE.items():
         tables["matmul", kind] = {single, *matmul.schedules(kind, "9.0")}
+    for kind, single in convolution.SINGLE.items():
+        tables["convolution", kind] = {single, *convolution.schedules(kind)}
     for at, single in attention.SINGLE.items():
         tables["attention", attention.bit_class(*at)] = {single, *attention.schedules(at, "9.0")}
     for family in ("reduce", "softmax", "norm"):

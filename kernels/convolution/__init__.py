@@ -10,8 +10,12 @@ bits of a padded image. A transposed convolution is its own sum, not one over an
 put in: output p takes the taps w, in rising order, for which `p + padding - w * dilation` is a
 multiple of stride; i is how many strides it is. All p with one remainder by stride take the same.
 
-On a GPU with more than 64 terms: the same chain of `tl.dot`. With 64 or less, as in a depthwise
-convolution: one fma chain in fp32 over rising k. The number of terms decides and nothing else.
+On a GPU the terms of a tap lie side by side, `k = w * C + c`, with C filled up by channels of zeros
+to 1, 2, 4 or a multiple of 8: a chain of `tl.dot` over rising k, as `mm` has it on `unfold`'s
+columns in that order. More than 1536 terms of several taps are as many parts as that takes, of
+equal length but the last; each is such a chain from +0, and they are added in rising order. One tap
+is one chain: the product that it is. One channel of up to 64 taps, as in a depthwise convolution,
+is one fma chain in fp32 over the taps. The numbers of channels and taps decide, and nothing else.
 
 Row law: an output reads its window, its weights and its bias, in an order that follows the sizes of
 C and W. The image around the window, where it lies, the batch and the other groups change no bit.

@@ -1,12 +1,18 @@
 """Triton convolution: a product whose left side is gathered from the image, or one fma chain.
 
-With more than FEW terms an output is the chain of `tl.dot` of kernels/matmul over k = c * W + w.
-With FEW or less, as in a depthwise convolution, it is one fma chain in fp32 over rising k: which of
-the two it is follows from the number of terms alone.
+The image is read with its channels side by side, and so is the weight; where they lie otherwise,
+they are copied first, with the channels of a pixel filled up by zeros to a number that loads well.
+So k = w * C + c: a step in K is a run of channels of one tap, and few channels are many taps.
+
+An output is the chain of `tl.dot` of kernels/matmul over k; with more than one tap and many terms
+there are parts, each a chain from +0, which are added in rising order. One program has all parts,
+or each has its own. One channel with up to FEW taps, as in a depthwise convolution, is one fma
+chain in fp32 over the taps. Which it is follows from the numbers of channels and taps alone.
 """
 
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,95 +21,189 @@ import triton.language as tl
 from bicompile.kernels.common.launch import after_others, launch
 from bicompile.kernels.common.trees import strides
 from bicompile.kernels.convolution.op import output_sizes
-from bicompile.kernels.matmul.tiles import _add_dot as add_dot
+from bicompile.kernels.convolution.schedules import schedule
+from bicompile.kernels.convolution.tiles import chain, places, put, within
 from bicompile.kernels.matmul.tiles import tile_of
 
-FEW = 64  # pinned: up to so many terms are one fma chain
-PART = 32  # pinned: terms of one chain of an "ieee" product, as in kernels/matmul
+FEW = 64  # pinned: up to so many taps of one channel are one fma chain
+PART = 1536  # pinned: terms of one part of a sum, at most
+EVEN = 128  # pinned: parts start at multiples of it
+IEEE = 32  # pinned: terms of one chain of an "ieee" product, as in kernels/matmul
 
 
-@triton.jit
-def _taps(k, W1: tl.constexpr, W2: tl.constexpr, W3: tl.constexpr):
-    """Term k -> its channel and its tap along each axis."""
-    return k // (W1 * W2 * W3), k // (W2 * W3) % W1, k // W3 % W2, k % W3
-
-
-@triton.jit
-def _rows(m, P1, P2, P3):
-    """Row m -> its image and its position along each axis."""
-    return m // (P1 * P2 * P3), m // (P2 * P3) % P1, m // P3 % P2, m % P3
-
-
-@triton.jit
-def _image(
-    X, b, p1, p2, p3, c, w1, w2, w3, here, I1, I2, I3, A1, A2, A3, S1, S2, S3, D1, D2, D3,
-    sxb, sxc, sx1, sx2, sx3,
+@triton.jit(do_not_specialize=["sxr"])
+def channels_last_kernel(
+    X, Y, R, C, P, P1, P2, P3, sxr, sxs, sxc, sx1, sx2, sx3,
+    FULL_C: tl.constexpr, FLAT: tl.constexpr, RUN: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Elements of the image that positions p meet by taps w: 0 outside of it."""
-    i1 = p1 * S1 + w1 * D1 + A1
-    i2 = p2 * S2 + w2 * D2 + A2
-    i3 = p3 * S3 + w3 * D3 + A3
-    inside = (i1 >= 0) & (i1 < I1) & (i2 >= 0) & (i2 < I2) & (i3 >= 0) & (i3 < I3)
-    at = b * sxb + c * sxc + i1 * sx1 + i2 * sx2 + i3 * sx3
-    return tl.load(X + at, mask=here & inside, other=0.0)
+    """X [.., R, C, P1, P2, P3] -> dense Y [.., R, P, FULL_C], zeros behind C; P = P1 * P2 * P3.
+
+    FLAT: the three axes are as good as one of stride sx3. RUN: see `_run`.
+    """
+    after_others(PDL)
+    tiles_c = tl.cdiv(FULL_C, BC)
+    tiles_p = tl.cdiv(P, BP)
+    pid = tl.program_id(0)
+    row = pid // (tiles_c * tiles_p)
+    p = pid // tiles_c % tiles_p * BP + tl.arange(0, BP)
+    c = pid % tiles_c * BC + tl.arange(0, BC)
+    if FLAT:
+        at = p.to(tl.int64) * sx3
+    else:
+        at = (p // (P2 * P3)).to(tl.int64) * sx1
+        at += (p // P3 % P2).to(tl.int64) * sx2 + (p % P3).to(tl.int64) * sx3
+    at = c.to(tl.int64)[:, None] * sxc + at[None, :]
+    at += (row // R).to(tl.int64) * sxr + (row % R).to(tl.int64) * sxs
+    at = tl.max_contiguous(tl.multiple_of(at, [1, RUN]), [1, RUN])
+    here = tl.max_constancy((c < C)[:, None] & (p < P)[None, :], [1, RUN])
+    tile = tl.load(X + at, mask=here, other=0.0)
+    y = Y + row.to(tl.int64) * P * FULL_C + p.to(tl.int64)[:, None] * FULL_C + c[None, :]
+    tl.store(y, tl.trans(tile), mask=(p < P)[:, None] & (c < FULL_C)[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "P1", "P2", "P3", "I1", "I2", "I3"])
+SIZES = ["M", "P1", "P2", "P3", "I1", "I2", "I3", "A1", "A2", "A3"]
+STRIDES = ["sys", "syb", "syg", "syn"]
+
+
+@triton.jit(do_not_specialize=SIZES + STRIDES)
 def convolution_kernel(
-    X, W, BIAS, Y, M, N, C, P1, P2, P3, I1, I2, I3, A1, A2, A3, S1, S2, S3, D1, D2, D3,
-    sxb, sxg, sxc, sx1, sx2, sx3, swg, swn, swc, sw1, sw2, sw3, syb, syg, syn, sy1, sy2, sy3,
-    W1: tl.constexpr, W2: tl.constexpr, W3: tl.constexpr, KIND: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    X, W, BIAS, Y, M, N, K, P1, P2, P3, I1, I2, I3, A1, A2, A3, S1, S2, S3, D1, D2, D3,
+    sxb, sxg, sxp, sys, syb, syg, syn, sy1, sy2, sy3,
+    W1: tl.constexpr, W2: tl.constexpr, W3: tl.constexpr, C: tl.constexpr, PART: tl.constexpr,
+    PARTS: tl.constexpr, APART: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr, RUN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A tile of BM positions and BN channels of a group; KIND "few" is the fma chain."""
+    """A tile of BM positions and BN channels of a group; APART: part s of it, to Y + part * sys."""
+    after_others(PDL)
+    num_m = tl.cdiv(M, BM)
+    num_n = tl.cdiv(N, BN)
+    pid = tl.program_id(0)
+    part = 0
+    if APART:
+        part = pid % PARTS
+        pid = pid // PARTS
+    g = (pid // (num_m * num_n)).to(tl.int64)
+    tile_m, tile_n = tile_of(pid % (num_m * num_n), num_m, num_n)
+    n = tile_n * BN + tl.arange(0, BN)
+    b, p1, p2, p3 = places(tile_m, BM, P1, P2, P3)
+    here = tile_m.to(tl.int64) * BM + tl.arange(0, BM) < M
+    here_x = here
+    i1 = p1 * S1 + A1
+    i2 = p2 * S2 + A2
+    i3 = p3 * S3 + A3
+    if W1 == 1:
+        here_x &= within(i1, I1)
+    if W2 == 1:
+        here_x &= within(i2, I2)
+    if W3 == 1:
+        here_x &= within(i3, I3)
+    at = b * sxb + g * sxg + ((i1 * I2 + i2) * I3 + i3).to(tl.int64) * sxp
+    weight = W + g * N * K
+    if APART or PARTS == 1:
+        total = chain(
+            X, weight, at, i1, i2, i3, here_x, n, N, part * PART, tl.minimum(part * PART + PART, K),
+            K, sxp, I1, I2, I3, D1, D2, D3, W1, W2, W3, C, KIND, EVEN, BM, BN, BK,
+        )  # fmt: skip
+    else:
+        total = tl.zeros([BM, BN], tl.float32)
+        for s in tl.range(0, PARTS):
+            acc = chain(
+                X, weight, at, i1, i2, i3, here_x, n, N, s * PART, tl.minimum(s * PART + PART, K),
+                K, sxp, I1, I2, I3, D1, D2, D3, W1, W2, W3, C, KIND, EVEN, BM, BN, BK,
+            )  # fmt: skip
+            total = tl.math.fma(acc, tl.full(acc.shape, 1.0, tl.float32), total)
+    put(
+        tl.trans(total), BIAS, Y + part * sys, b, p1, p2, p3, here, g, n, N, syb, syg, syn,
+        sy1, sy2, sy3, HAS_BIAS, RUN,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["sxs", *SIZES[:4], *STRIDES[1:]])
+def parts_kernel(
+    X, BIAS, Y, M, N, P1, P2, P3, sxs, syb, syg, syn, sy1, sy2, sy3,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, RUN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The parts of X [PARTS, G, N, M], added in rising order, and the bias."""
     after_others(PDL)
     num_m = tl.cdiv(M, BM)
     num_n = tl.cdiv(N, BN)
     pid = tl.program_id(0)
     g = (pid // (num_m * num_n)).to(tl.int64)
-    tile_m, tile_n = tile_of(pid % (num_m * num_n), num_m, num_n)
-    m = (tile_m.to(tl.int64) * BM + tl.arange(0, BM))[:, None]
-    n = (tile_n * BN + tl.arange(0, BN)).to(tl.int64)[None, :]
-    b, p1, p2, p3 = _rows(m, P1, P2, P3)
-    image = X + g * sxg
+    tile_m = pid % num_m
+    m = tile_m.to(tl.int64) * BM + tl.arange(0, BM)
+    n = pid // num_m % num_n * BN + tl.arange(0, BN)
+    b, p1, p2, p3 = places(tile_m, BM, P1, P2, P3)
+    at = (g * N + n.to(tl.int64))[:, None] * M + m[None, :]
+    x = X + tl.max_contiguous(tl.multiple_of(at, [1, RUN]), [1, RUN])
+    here = tl.max_constancy((n < N)[:, None] & (m < M)[None, :], [1, RUN])
+    total = tl.zeros([BN, BM], tl.float32)
+    for _ in tl.static_range(PARTS):
+        total += tl.load(x, mask=here, other=0.0)
+        x += sxs
+    put(total, BIAS, Y, b, p1, p2, p3, m < M, g, n, N, syb, syg, syn, sy1, sy2, sy3, HAS_BIAS, RUN)
+
+
+@triton.jit(do_not_specialize=["B", *SIZES[1:], *STRIDES[1:]])
+def depthwise_kernel(
+    X, W, BIAS, Y, B, G, N, P1, P2, P3, I1, I2, I3, A1, A2, A3, S1, S2, S3, D1, D2, D3,
+    sxb, sxg, swg, swn, sw1, sw2, sw3, syb, syg, syn, sy1, sy2, sy3,
+    W1: tl.constexpr, W2: tl.constexpr, W3: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One channel n of a group g: ROWS lines of all images by COLUMNS positions along each."""
+    after_others(PDL)
+    lines = P1 * P2
+    blocks = tl.cdiv(P3, COLUMNS)
+    pid = tl.program_id(0)
+    channel = pid % (G * N)
+    pid = pid // (G * N)
+    g = (channel // N).to(tl.int64)
+    n = (channel % N).to(tl.int64)
+    row = (pid // blocks).to(tl.int64) * ROWS
+    b = row // lines
+    line = (row - b * lines).to(tl.int32) + tl.arange(0, ROWS)
+    b += line // lines
+    line = line % lines
+    p1 = line // P2
+    p2 = line % P2
+    p3 = pid % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    here = (b < B)[:, None] & (p3 < P3)[None, :]
+    i1 = p1 * S1 + A1
+    i2 = p2 * S2 + A2
+    i3 = p3 * S3 + A3
+    at = (g * sxg + b * sxb + (i1 * I2 + i2) * I3)[:, None] + i3[None, :]
     weight = W + g * swg + n * swn
-    acc = tl.zeros([BM, BN], tl.float32)
-    K = C * (W1 * W2 * W3)
-    for k in tl.range(0, K, BK):
-        across = (k + tl.arange(0, BK)).to(tl.int64)
-        c, w1, w2, w3 = _taps(across[None, :], W1, W2, W3)
-        x = _image(
-            image, b, p1, p2, p3, c, w1, w2, w3, (m < M) & (across[None, :] < K), I1, I2, I3,
-            A1, A2, A3, S1, S2, S3, D1, D2, D3, sxb, sxc, sx1, sx2, sx3,
-        )  # fmt: skip
-        c, w1, w2, w3 = _taps(across[:, None], W1, W2, W3)
-        at = c * swc + w1 * sw1 + w2 * sw2 + w3 * sw3
-        y = tl.load(weight + at, mask=(n < N) & (across[:, None] < K), other=0.0)
-        if KIND == "few":
-            x = tl.broadcast_to(x.to(tl.float32), [BM, BN])
-            acc = tl.math.fma(x, tl.broadcast_to(y.to(tl.float32), [BM, BN]), acc)
-        else:
-            acc = add_dot(x, y, acc, KIND)
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for w1 in tl.static_range(W1):
+        for w2 in tl.static_range(W2):
+            inside_rows = (b < B) & within(i1 + w1 * D1, I1) & within(i2 + w2 * D2, I2)
+            for w3 in tl.static_range(W3):
+                inside = inside_rows[:, None] & within(i3 + w3 * D3, I3)[None, :]
+                tap = X + ((w1 * D1 * I2 + w2 * D2) * I3 + w3 * D3)
+                x = tl.load(tap + at, mask=inside, other=0.0)
+                w = tl.load(weight + w1 * sw1 + w2 * sw2 + w3 * sw3).to(tl.float32)
+                acc = tl.math.fma(x.to(tl.float32), tl.full(acc.shape, w, tl.float32), acc)
     if HAS_BIAS:
-        acc += tl.load(BIAS + g * N + n, mask=n < N, other=0.0).to(tl.float32)
-    out = Y + g * syg + b * syb + n * syn + p1 * sy1 + p2 * sy2 + p3 * sy3
-    tl.store(out, acc.to(Y.dtype.element_ty), mask=(m < M) & (n < N))
+        acc += tl.load(BIAS + g * N + n).to(tl.float32)
+    row = g * syg + n * syn + b * syb + p1.to(tl.int64) * sy1 + p2.to(tl.int64) * sy2
+    out = Y + row[:, None] + (p3.to(tl.int64) * sy3)[None, :]
+    tl.store(out, acc.to(Y.dtype.element_ty), mask=here)
 
 
-#: kind -> BM, BN, BK, warps, stages: one for each, so that there is nothing to certify.
-SCHEDULES = {
-    "half": (128, 64, 64, 4, 3),
-    "tf32": (64, 64, 32, 4, 3),
-    "ieee": (64, 32, PART, 4, 3),
-}
+def _filled(channels: int) -> int:
+    """Channels of a pixel with the zeros behind them: a function of the channels alone."""
+    return triton.next_power_of_2(channels) if channels < 8 else triton.cdiv(channels, 8) * 8
 
 
-def _schedule(dtype: torch.dtype, tf32: bool, terms: int, columns: int):
-    if terms <= FEW:
-        wide = min(triton.next_power_of_2(columns), 16)
-        return "few", (512 // wide, wide, 1, 4, 3)
-    kind = "half" if dtype != torch.float32 else "tf32" if tf32 else "ieee"
-    return kind, SCHEDULES[kind]
+def _part(taps: int, terms: int) -> int:
+    """Terms of one part of a sum: a function of channels and taps. One tap is a product."""
+    if taps == 1 or terms <= PART:
+        return triton.cdiv(max(terms, 1), EVEN) * EVEN
+    parts = triton.cdiv(terms, PART)
+    return triton.cdiv(triton.cdiv(terms, parts), EVEN) * EVEN
 
 
 def _phase(size, taps, stride, padding, dilation, transposed, r):
@@ -125,8 +225,9 @@ def _on_three_axes(x):
 
 
 def convolution(
-    input, weight, bias, stride, padding, dilation, transposed, output_padding, groups, tf32
-):
+    input, weight, bias, stride, padding, dilation, transposed, output_padding, groups, tf32,
+    chosen=None,
+):  # fmt: skip
     """input [B, G * C, ...], weight [G * N, C, ...], or [G * C, N, ...] if transposed."""
     sizes = output_sizes(input, weight, stride, padding, dilation, transposed, output_padding)
     channels = weight.shape[1] * groups if transposed else weight.shape[0]
@@ -134,34 +235,130 @@ def convolution(
     if out.numel() == 0:
         return out
     bias = None if bias is None else bias.contiguous()
+    image = _image(_on_three_axes(input), groups)
+    w = _on_three_axes(weight).unflatten(0, (groups, -1))
+    w = w.transpose(1, 2) if transposed else w
     axes = list(zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True))
     for r in itertools.product(*(range(s if transposed else 1) for s in stride)):
         found = [_phase(*axis, transposed, i) for axis, i in zip(axes, r, strict=True)]
         taps, places, *numbers = zip(*found, strict=True)
-        every = (slice(None), slice(None))
-        y = out[(*every, *places)]
+        y = _on_three_axes(out[(..., *places)]).unflatten(1, (groups, -1))
         if y.numel():
-            _launch(input, weight[(*every, *taps)], bias, y, numbers, transposed, groups, tf32)
+            _launch(image, w[(..., *taps)], bias, y, numbers, tf32, chosen)
     return out
 
 
-def _launch(input, weight, bias, out, numbers, transposed, groups, tf32):
-    """One phase; `numbers`: start, step and step of taps along each axis."""
-    x, w, y = (_on_three_axes(t) for t in (input, weight, out))
-    (batch, channels, *positions), c = y.shape, x.shape[1] // groups
-    n, taps = channels // groups, w.shape[2:]
+class _Image(NamedTuple):
+    """An image as it is read: data, sizes of its axes, strides by image, group and pixel."""
+
+    data: torch.Tensor
+    sizes: tuple[int, ...]
+    strides: tuple[int, int, int]
+
+
+def _image(x, groups):
+    """x [B, G * C, I1, I2, I3]: the filled channels of a group lie side by side in each pixel.
+
+    Of one channel, it is the pixels of an image that lie side by side.
+    """
+    c, sizes, pixels = x.shape[1] // groups, x.shape[2:], math.prod(x.shape[2:])
+    filled = _filled(c)
+    if c == filled > 1 and x.movedim(1, -1).is_contiguous():
+        return _Image(x, sizes, (pixels * groups * c, c, groups * c))
+    if c == 1 and x.is_contiguous():
+        data = x
+    elif c == 1 and _is_flat(x):
+        data = _channels_last(x.flatten(2).transpose(1, 2)[:, None, :, None, None], pixels)
+    else:
+        data = _channels_last(x.unflatten(1, (groups, c)), filled)
+    return _Image(data, sizes, (groups * pixels * filled, pixels * filled, filled))
+
+
+def _is_flat(x):
+    """Whether the last three axes are as good as one, of the last one's stride."""
+    (_, p2, p3), (s1, s2, s3) = x.shape[-3:], strides(x)[-3:]
+    return (s2 == 0 or p3 == 1 or s2 == s3 * p3) and (s1 == 0 or s1 == (s2 or s3 * p3) * p2)
+
+
+def _channels_last(x, filled):
+    """x [R, S, C, P1, P2, P3] -> dense [R, S, P1, P2, P3, filled], zeros behind the C channels."""
+    r, s, c, *sizes = x.shape
+    out = torch.empty((r, s, *sizes, filled), dtype=x.dtype, device=x.device)
+    p = math.prod(sizes)
+    bc = min(triton.next_power_of_2(filled), 64)
+    bp = min(triton.next_power_of_2(p), 4096 // bc)
+    launch(
+        channels_last_kernel, r * s * triton.cdiv(filled, bc) * triton.cdiv(p, bp),
+        x, out, s, c, p, *sizes, *strides(x), FULL_C=filled, FLAT=_is_flat(x), RUN=_run(x),
+        BC=bc, BP=bp, num_warps=4 if bc * bp > 512 else 1,
+    )  # fmt: skip
+    return out
+
+
+def _launch(image, w, bias, y, numbers, tf32, chosen):
+    """One phase; w [G, N, C, ...], y [B, G, N, ...]; `numbers`: see `_phase`, by axis."""
+    (groups, n, c, *taps), (batch, _, _, *positions) = w.shape, y.shape
     starts, steps, tap_steps = (
         [*[default] * (3 - len(given)), *given]
         for given, default in zip(numbers, (0, 1, 1), strict=True)
     )
-    sx, sw, sy = strides(x), strides(w), strides(y)
-    (swc, swn), in_group = (sw[:2], c) if transposed else ((sw[1], sw[0]), n)
-    kind, (bm, bn, bk, warps, stages) = _schedule(x.dtype, tf32, c * math.prod(taps), n)
-    m = batch * math.prod(positions)
+    common = {"W1": taps[0], "W2": taps[1], "W3": taps[2], "HAS_BIAS": bias is not None}
+    window = *positions, *image.sizes, *starts, *steps, *tap_steps
+    added = y if bias is None else bias
+    if c * math.prod(taps) == 0:
+        y.copy_(y.new_zeros(()) if bias is None else bias.view(groups, n, 1, 1, 1))
+    elif c == 1 and math.prod(taps) <= FEW:
+        columns = min(triton.next_power_of_2(positions[2]), 256)
+        lines = positions[0] * positions[1]
+        rows = min(triton.next_power_of_2(lines), 1024 // columns)
+        launch(
+            depthwise_kernel,
+            groups * n * triton.cdiv(batch * lines, rows) * triton.cdiv(positions[2], columns),
+            image.data, w, added, y, batch, groups, n, *window, *image.strides[:2],
+            *(strides(w)[i] for i in (0, 1, 3, 4, 5)), *strides(y), **common,
+            ROWS=rows, COLUMNS=columns, num_warps=max(1, min(4, rows * columns // 256)),
+        )  # fmt: skip
+    else:
+        _products(image, w, added, y, window, common, tf32, chosen)
+
+
+def _products(image, w, bias, y, window, common, tf32, chosen):
+    """One phase as chains of `tl.dot`."""
+    (groups, n, c, *taps), (batch, _, _, *positions) = w.shape, y.shape
+    filled, p = _filled(c), math.prod(positions)
+    if c != filled or not w.movedim(2, -1).is_contiguous():
+        w = _channels_last(w, filled)
+    m, k = batch * p, math.prod(taps) * filled
+    terms = _part(math.prod(taps), k)
+    parts = triton.cdiv(k, terms)
+    kind = "half" if y.dtype != torch.float32 else "tf32" if tf32 else "ieee"
+    s = chosen or schedule(kind, m, n)
+    assert kind != "ieee" or s.bk == IEEE
+    apart = s.apart and parts > 1
+    sums = torch.empty((parts, groups, n, m), dtype=torch.float32, device=y.device) if apart else y
+    y_strides = strides(y)
+    run = _run(y)
+    to = (groups * n * m, p, n * m, m, *(math.prod(positions[i:]) for i in (1, 2, 3)))
     launch(
-        convolution_kernel, groups * triton.cdiv(m, bm) * triton.cdiv(n, bn),
-        x, w, out if bias is None else bias, y, m, n, c, *positions, *x.shape[2:], *starts, *steps,
-        *tap_steps, sx[0], c * sx[1], *sx[1:], in_group * sw[0], swn, swc, *sw[2:],
-        sy[0], n * sy[1], *sy[1:], W1=taps[0], W2=taps[1], W3=taps[2], KIND=kind,
-        HAS_BIAS=bias is not None, BM=bm, BN=bn, BK=bk, num_warps=warps, num_stages=stages,
+        convolution_kernel,
+        groups * triton.cdiv(m, s.bm) * triton.cdiv(n, s.bn) * (parts if apart else 1),
+        image.data, w, bias, sums, m, n, k, *window, *image.strides,
+        *(to if apart else (0, *y_strides)),
+        **common | {"HAS_BIAS": common["HAS_BIAS"] and not apart}, C=filled, PART=terms,
+        PARTS=parts, APART=apart, KIND=kind, EVEN=k % s.bk == 0,
+        RUN=math.gcd(p, 8) if apart else run,
+        BM=s.bm, BN=s.bn, BK=s.bk, num_warps=s.warps, num_stages=s.stages,
     )  # fmt: skip
+    if apart:
+        launch(
+            parts_kernel, groups * triton.cdiv(m, 256) * triton.cdiv(n, 4),
+            sums, bias, y, m, n, *positions, groups * n * m, *y_strides, PARTS=parts,
+            HAS_BIAS=common["HAS_BIAS"], RUN=run, BM=256, BN=4, num_warps=4,
+        )  # fmt: skip
+
+
+def _run(x):
+    """How many neighbours by the last three axes surely lie side by side and aligned, up to 8."""
+    *others, _, _, step = strides(x)
+    together = math.gcd(math.prod(x.shape[3:]), *others[:3], 8)
+    return together if _is_flat(x) and step in (0, 1) else 1

@@ -84,7 +84,8 @@ convolution = register(
         contract=Contract(_CASES),
         reference=convolution_reference,
         eager=convolution_reference,
-        order="the chain of mm over channels and taps, k = c * W + w; outside the image is +0",
+        order="the chain of mm over channels and taps, k = c * W + w (on a GPU w * C + c, in "
+        "parts); outside the image is +0",
         fake=_fake,
     )
 )
