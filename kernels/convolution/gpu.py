@@ -69,10 +69,10 @@ STRIDES = ["sys", "syb", "syg", "syn"]
 @triton.jit(do_not_specialize=SIZES + STRIDES)
 def convolution_kernel(
     X, W, BIAS, Y, M, N, K, P1, P2, P3, I1, I2, I3, A1, A2, A3, S1, S2, S3, D1, D2, D3,
-    sxb, sxg, sxp, sys, syb, syg, syn, sy1, sy2, sy3,
+    sxb, sxg, sxp, sxc, sys, syb, syg, syn, sy1, sy2, sy3,
     W1: tl.constexpr, W2: tl.constexpr, W3: tl.constexpr, C: tl.constexpr, PART: tl.constexpr,
     PARTS: tl.constexpr, APART: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
-    EVEN: tl.constexpr, RUN: tl.constexpr,
+    EVEN: tl.constexpr, ALONG_M: tl.constexpr, RUN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A tile of BM positions and BN channels of a group; APART: part s of it, to Y + part * sys."""
@@ -104,14 +104,14 @@ def convolution_kernel(
     if APART or PARTS == 1:
         total = chain(
             X, weight, at, i1, i2, i3, here_x, n, N, part * PART, tl.minimum(part * PART + PART, K),
-            K, sxp, I1, I2, I3, D1, D2, D3, W1, W2, W3, C, KIND, EVEN, BM, BN, BK,
+            K, sxp, sxc, I1, I2, I3, D1, D2, D3, W1, W2, W3, C, KIND, EVEN, ALONG_M, BM, BN, BK,
         )  # fmt: skip
     else:
         total = tl.zeros([BM, BN], tl.float32)
         for s in tl.range(0, PARTS):
             acc = chain(
                 X, weight, at, i1, i2, i3, here_x, n, N, s * PART, tl.minimum(s * PART + PART, K),
-                K, sxp, I1, I2, I3, D1, D2, D3, W1, W2, W3, C, KIND, EVEN, BM, BN, BK,
+                K, sxp, sxc, I1, I2, I3, D1, D2, D3, W1, W2, W3, C, KIND, EVEN, ALONG_M, BM, BN, BK,
             )  # fmt: skip
             total = tl.math.fma(acc, tl.full(acc.shape, 1.0, tl.float32), total)
     put(
@@ -235,7 +235,8 @@ def convolution(
     if out.numel() == 0:
         return out
     bias = None if bias is None else bias.contiguous()
-    image = _image(_on_three_axes(input), groups)
+    whole = not transposed and {*weight.shape[2:], *stride} == {1} and not any(padding)
+    image = _image(_on_three_axes(input), groups, whole)
     w = _on_three_axes(weight).unflatten(0, (groups, -1))
     w = w.transpose(1, 2) if transposed else w
     axes = list(zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True))
@@ -249,29 +250,37 @@ def convolution(
 
 
 class _Image(NamedTuple):
-    """An image as it is read: data, sizes of its axes, strides by image, group and pixel."""
+    """An image as it is read: data, sizes of its axes, strides by image, group, pixel, channel.
+
+    `together`: how many pixels surely lie side by side and aligned, where channels do not.
+    """
 
     data: torch.Tensor
     sizes: tuple[int, ...]
-    strides: tuple[int, int, int]
+    strides: tuple[int, int, int, int]
+    together: int = 0
 
 
-def _image(x, groups):
+def _image(x, groups, whole):
     """x [B, G * C, I1, I2, I3]: the filled channels of a group lie side by side in each pixel.
 
-    Of one channel, it is the pixels of an image that lie side by side.
+    Of one channel, it is the pixels of an image that lie side by side; so they may, if they load
+    well, where one tap meets the `whole` image.
     """
     c, sizes, pixels = x.shape[1] // groups, x.shape[2:], math.prod(x.shape[2:])
     filled = _filled(c)
     if c == filled > 1 and x.movedim(1, -1).is_contiguous():
-        return _Image(x, sizes, (pixels * groups * c, c, groups * c))
+        return _Image(x, sizes, (pixels * groups * c, c, groups * c, 1))
+    together = math.gcd(pixels, 8)
+    if whole and c == filled and x.is_contiguous() and together * x.element_size() >= 8:
+        return _Image(x, sizes, (groups * c * pixels, c * pixels, 1, pixels), together)
     if c == 1 and x.is_contiguous():
         data = x
     elif c == 1 and _is_flat(x):
         data = _channels_last(x.flatten(2).transpose(1, 2)[:, None, :, None, None], pixels)
     else:
         data = _channels_last(x.unflatten(1, (groups, c)), filled)
-    return _Image(data, sizes, (groups * pixels * filled, pixels * filled, filled))
+    return _Image(data, sizes, (groups * pixels * filled, pixels * filled, filled, 1))
 
 
 def _is_flat(x):
@@ -346,7 +355,7 @@ def _products(image, w, bias, y, window, common, tf32, chosen):
         *(to if apart else (0, *y_strides)),
         **common | {"HAS_BIAS": common["HAS_BIAS"] and not apart}, C=filled, PART=terms,
         PARTS=parts, APART=apart, KIND=kind, EVEN=k % s.bk == 0,
-        RUN=math.gcd(p, 8) if apart else run,
+        ALONG_M=image.together, RUN=math.gcd(p, 8) if apart else run,
         BM=s.bm, BN=s.bn, BK=s.bk, num_warps=s.warps, num_stages=s.stages,
     )  # fmt: skip
     if apart:

@@ -22,15 +22,16 @@ def places(tile, SIZE: tl.constexpr, P1, P2, P3):
 
 @triton.jit
 def chain(
-    X, W, at, i1, i2, i3, here, n, N, first, last, K, sxp, I1, I2, I3, D1, D2, D3,
+    X, W, at, i1, i2, i3, here, n, N, first, last, K, sxp, sxc, I1, I2, I3, D1, D2, D3,
     W1: tl.constexpr, W2: tl.constexpr, W3: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr,
-    EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EVEN: tl.constexpr, ALONG_M: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The chain of terms k = w * C + c from `first` to before `last`, in rising order from +0.
 
     X [.., C] holds the pixels at `at` [BM], whose places in the image are i1, i2, i3, for tap 0;
     W [N, K]. What lies outside of the image is 0. Where a step is of one tap, its place is a
     number; else each C terms have their own. `here` says of axes with one tap what lies inside.
+    ALONG_M: one tap meets the whole image, and so many pixels lie side by side, not channels.
     """
     # Aligned loads of so many channels; of a pixel, they are all inside of the image or not.
     TOGETHER: tl.constexpr = C & -C if C & -C < 8 else 8
@@ -40,7 +41,14 @@ def chain(
     in_n = (n < N)[None, :]
     to_n = (n.to(tl.int64) * K)[None, :]
     for k in tl.range(first, last, BK):
-        if C % BK == 0:
+        if ALONG_M:
+            to = at[:, None] + (k + rk).to(tl.int64)[None, :] * sxc
+            to = tl.max_contiguous(tl.multiple_of(to, [ALONG_M, 1]), [ALONG_M, 1])
+            inside = here[:, None]
+            if not EVEN:
+                inside = inside & (k + rk < K)[None, :]
+            x = tl.load(X + to, mask=tl.max_constancy(inside, [ALONG_M, 1]), other=0.0)
+        elif C % BK == 0:
             w = k // C
             d1 = w // (W2 * W3) * D1
             d2 = w // W3 % W2 * D2
