@@ -164,11 +164,10 @@ def depthwise_kernel(
     n = (channel % N).to(tl.int64)
     row = (pid // blocks).to(tl.int64) * ROWS
     b = row // lines
-    line = (row - b * lines).to(tl.int32) + tl.arange(0, ROWS)
-    b += line // lines
-    line = line % lines
-    p1 = line // P2
-    p2 = line % P2
+    p = (row - b * lines).to(tl.int32) + tl.arange(0, ROWS)
+    b += p // lines
+    p1 = p % lines // P2
+    p2 = p % lines % P2
     p3 = pid % blocks * COLUMNS + tl.arange(0, COLUMNS)
     here = (b < B)[:, None] & (p3 < P3)[None, :]
     i1 = p1 * S1 + A1
@@ -180,10 +179,10 @@ def depthwise_kernel(
     for w1 in tl.static_range(W1):
         for w2 in tl.static_range(W2):
             inside_rows = (b < B) & within(i1 + w1 * D1, I1) & within(i2 + w2 * D2, I2)
+            line = X + (w1 * D1 * I2 + w2 * D2) * I3 + at
             for w3 in tl.static_range(W3):
                 inside = inside_rows[:, None] & within(i3 + w3 * D3, I3)[None, :]
-                tap = X + ((w1 * D1 * I2 + w2 * D2) * I3 + w3 * D3)
-                x = tl.load(tap + at, mask=inside, other=0.0)
+                x = tl.load(line + w3 * D3, mask=inside, other=0.0)
                 w = tl.load(weight + w1 * sw1 + w2 * sw2 + w3 * sw3).to(tl.float32)
                 acc = tl.math.fma(x.to(tl.float32), tl.full(acc.shape, w, tl.float32), acc)
     if HAS_BIAS:
