@@ -9,6 +9,7 @@ MATMUL = ("tests/test_triton_matmul.py",)
 ATTENTION = ("tests/test_triton_attention.py",)
 ATTENTION_GRADIENTS = (*ATTENTION, "-k", "gradients")
 SCAN = ("tests/test_triton_scan.py",)
+CONVOLUTION = ("tests/test_triton_convolution.py",)
 
 MUTANTS = (
     Mutant(
@@ -158,6 +159,31 @@ MUTANTS = (
         "    mine = (before < tile + 1) & (tile <= before + tiles) & (tiles > 0)",
         "rows of a run are computed by another matrix",
         ("tests/test_triton_mixtures.py",),
+    ),
+    Mutant(
+        "parts of a convolution follow the images",
+        "kernels/convolution/gpu.py",
+        "    parts = triton.cdiv(k, terms)\n",
+        "    terms = terms if batch > 1 else k\n    parts = triton.cdiv(k, terms)\n",
+        "one image is summed in one chain, several in parts",
+        CONVOLUTION,
+    ),
+    Mutant(
+        "parts of a convolution are added from the end",
+        "kernels/convolution/gpu.py",
+        "    x = X + tl.max_contiguous(tl.multiple_of(at, [1, RUN]), [1, RUN])\n",
+        "    x = X + tl.max_contiguous(tl.multiple_of(at + (PARTS - 1) * sxs, [1, RUN]), [1, RUN])\n"
+        "    sxs = -sxs\n",
+        "the order of parts follows whether they are split over programs",
+        CONVOLUTION,
+    ),
+    Mutant(
+        "pixels outside of a line are read",
+        "kernels/convolution/tiles.py",
+        "                inside &= within(i3 + d3, I3)\n",
+        "                inside &= within(i3 + d3, I3 + 1)\n",
+        "a window at the end of a line meets the next line",
+        CONVOLUTION,
     ),
     Mutant(
         "chunks are counted from key 0",
