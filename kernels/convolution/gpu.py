@@ -275,30 +275,32 @@ def _image(x, groups, whole):
         return _Image(x, sizes, (groups * c * pixels, c * pixels, 1, pixels), together)
     if c == 1 and x.is_contiguous():
         data = x
-    elif c == 1 and _is_flat(x):
+    elif c == 1 and _step(x) is not None:
         data = _channels_last(x.flatten(2).transpose(1, 2)[:, None, :, None, None], pixels)
     else:
         data = _channels_last(x.unflatten(1, (groups, c)), filled)
     return _Image(data, sizes, (groups * pixels * filled, pixels * filled, filled, 1))
 
 
-def _is_flat(x):
-    """Whether the last three axes are as good as one, of the last one's stride."""
-    (_, p2, p3), (s1, s2, s3) = x.shape[-3:], strides(x)[-3:]
-    return (s2 == 0 or p3 == 1 or s2 == s3 * p3) and (s1 == 0 or s1 == (s2 or s3 * p3) * p2)
+def _step(x):
+    """The stride of the last three axes, if they are as good as one, else None."""
+    axes = [(n, s) for n, s in zip(x.shape[-3:], x.stride()[-3:], strict=True) if n != 1]
+    if any(outer != n * inner for (_, outer), (n, inner) in itertools.pairwise(axes)):
+        return None
+    return axes[-1][1] if axes else 1
 
 
 def _channels_last(x, filled):
     """x [R, S, C, P1, P2, P3] -> dense [R, S, P1, P2, P3, filled], zeros behind the C channels."""
     r, s, c, *sizes = x.shape
     out = torch.empty((r, s, *sizes, filled), dtype=x.dtype, device=x.device)
-    p = math.prod(sizes)
+    p, step, (*others, last) = math.prod(sizes), _step(x), strides(x)
     bc = min(triton.next_power_of_2(filled), 64)
     bp = min(triton.next_power_of_2(p), 4096 // bc)
     launch(
         channels_last_kernel, r * s * triton.cdiv(filled, bc) * triton.cdiv(p, bp),
-        x, out, s, c, p, *sizes, *strides(x), FULL_C=filled, FLAT=_is_flat(x), RUN=_run(x),
-        BC=bc, BP=bp, num_warps=4 if bc * bp > 512 else 1,
+        x, out, s, c, p, *sizes, *others, last if step is None else step, FULL_C=filled,
+        FLAT=step is not None, RUN=_run(x), BC=bc, BP=bp, num_warps=4 if bc * bp > 512 else 1,
     )  # fmt: skip
     return out
 
@@ -310,7 +312,6 @@ def _launch(image, w, bias, y, numbers, tf32, chosen):
         [*[default] * (3 - len(given)), *given]
         for given, default in zip(numbers, (0, 1, 1), strict=True)
     )
-    common = {"W1": taps[0], "W2": taps[1], "W3": taps[2], "HAS_BIAS": bias is not None}
     window = *positions, *image.sizes, *starts, *steps, *tap_steps
     added = y if bias is None else bias
     if c * math.prod(taps) == 0:
@@ -323,14 +324,15 @@ def _launch(image, w, bias, y, numbers, tf32, chosen):
             depthwise_kernel,
             groups * n * triton.cdiv(batch * lines, rows) * triton.cdiv(positions[2], columns),
             image.data, w, added, y, batch, groups, n, *window, *image.strides[:2],
-            *(strides(w)[i] for i in (0, 1, 3, 4, 5)), *strides(y), **common,
-            ROWS=rows, COLUMNS=columns, num_warps=max(1, min(4, rows * columns // 256)),
+            *(strides(w)[i] for i in (0, 1, 3, 4, 5)), *strides(y), *taps,
+            HAS_BIAS=bias is not None, ROWS=rows, COLUMNS=columns,
+            num_warps=max(1, min(4, rows * columns // 256)),
         )  # fmt: skip
     else:
-        _products(image, w, added, y, window, common, tf32, chosen)
+        _products(image, w, added, bias is not None, y, window, tf32, chosen)
 
 
-def _products(image, w, bias, y, window, common, tf32, chosen):
+def _products(image, w, bias, has_bias, y, window, tf32, chosen):
     """One phase as chains of `tl.dot`."""
     (groups, n, c, *taps), (batch, _, _, *positions) = w.shape, y.shape
     filled, p = _filled(c), math.prod(positions)
@@ -340,33 +342,31 @@ def _products(image, w, bias, y, window, common, tf32, chosen):
     terms = _part(math.prod(taps), k)
     parts = triton.cdiv(k, terms)
     kind = "half" if y.dtype != torch.float32 else "tf32" if tf32 else "ieee"
-    s = chosen or schedule(kind, m, n)
+    s = chosen or schedule(kind, groups * m * n, n)
     assert kind != "ieee" or s.bk == IEEE
     apart = s.apart and parts > 1
-    sums = torch.empty((parts, groups, n, m), dtype=torch.float32, device=y.device) if apart else y
-    y_strides = strides(y)
-    run = _run(y)
-    to = (groups * n * m, p, n * m, m, *(math.prod(positions[i:]) for i in (1, 2, 3)))
+    sums, there, bias_here = y, (0, *strides(y)), has_bias and not apart
+    if apart:
+        sums = torch.empty((parts, groups, n, m), dtype=torch.float32, device=y.device)
+        in_order = (math.prod(positions[i:]) for i in (1, 2, 3))
+        there = groups * n * m, p, n * m, m, *in_order
     launch(
         convolution_kernel,
         groups * triton.cdiv(m, s.bm) * triton.cdiv(n, s.bn) * (parts if apart else 1),
-        image.data, w, bias, sums, m, n, k, *window, *image.strides,
-        *(to if apart else (0, *y_strides)),
-        **common | {"HAS_BIAS": common["HAS_BIAS"] and not apart}, C=filled, PART=terms,
-        PARTS=parts, APART=apart, KIND=kind, EVEN=k % s.bk == 0,
-        ALONG_M=image.together, RUN=math.gcd(p, 8) if apart else run,
+        image.data, w, bias, sums, m, n, k, *window, *image.strides, *there, *taps, C=filled,
+        PART=terms, PARTS=parts, APART=apart, KIND=kind, HAS_BIAS=bias_here, EVEN=k % s.bk == 0,
+        ALONG_M=image.together, RUN=math.gcd(p, 8) if apart else _run(y),
         BM=s.bm, BN=s.bn, BK=s.bk, num_warps=s.warps, num_stages=s.stages,
     )  # fmt: skip
     if apart:
         launch(
             parts_kernel, groups * triton.cdiv(m, 256) * triton.cdiv(n, 4),
-            sums, bias, y, m, n, *positions, groups * n * m, *y_strides, PARTS=parts,
-            HAS_BIAS=common["HAS_BIAS"], RUN=run, BM=256, BN=4, num_warps=4,
+            sums, bias, y, m, n, *positions, groups * n * m, *strides(y), PARTS=parts,
+            HAS_BIAS=has_bias, RUN=_run(y), BM=256, BN=4, num_warps=4,
         )  # fmt: skip
 
 
 def _run(x):
-    """How many neighbours by the last three axes surely lie side by side and aligned, up to 8."""
-    *others, _, _, step = strides(x)
-    together = math.gcd(math.prod(x.shape[3:]), *others[:3], 8)
-    return together if _is_flat(x) and step in (0, 1) else 1
+    """How many neighbours by the last three axes surely lie side by side, aligned, up to 8."""
+    together = math.gcd(math.prod(x.shape[3:]), *strides(x)[:3], 8)
+    return together if _step(x) == 1 else 1

@@ -28,7 +28,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Entry:
-    """A schedule for up to `size` outputs (rows times columns) and up to `n` columns."""
+    """A schedule for up to `size` outputs, and up to `n` channels of a group."""
 
     size: int
     n: int
@@ -39,6 +39,7 @@ MANY = 1 << 62
 
 TABLE: dict[str, tuple[Entry, ...]] = {
     "half": (
+        Entry(MANY, 16, Schedule(128, 16, 64, 4, 4)),
         Entry(1 << 18, MANY, Schedule(64, 32, 64, 4, 4, True)),
         Entry(1 << 20, MANY, Schedule(64, 64, 64, 4, 4, True)),
         Entry(MANY, 64, Schedule(128, 64, 64, 4, 3)),
@@ -62,15 +63,15 @@ SINGLE = {
 }
 
 
-def schedule(kind: str, m: int, n: int) -> Schedule:
-    """The schedule for m rows and n columns."""
-    return choose("convolution", kind, wanted(kind, m, n), SINGLE[kind], lambda: schedules(kind))
+def schedule(kind: str, size: int, n: int) -> Schedule:
+    """The schedule for so many outputs, of n channels of a group."""
+    return choose("convolution", kind, wanted(kind, size, n), SINGLE[kind], lambda: schedules(kind))
 
 
 @functools.cache
-def wanted(kind: str, m: int, n: int) -> Schedule:
+def wanted(kind: str, size: int, n: int) -> Schedule:
     """What the table says, certified or not."""
-    return next(e.schedule for e in TABLE[kind] if m * n <= e.size and n <= e.n)
+    return next(e.schedule for e in TABLE[kind] if size <= e.size and n <= e.n)
 
 
 def schedules(kind: str) -> tuple[Schedule, ...]:
