@@ -75,7 +75,7 @@ def convolution_kernel(
     EVEN: tl.constexpr, ALONG_M: tl.constexpr, RUN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A tile of BM positions and BN channels of a group; APART: part s of it, to Y + part * sys."""
+    """A tile of BM positions and BN channels of a group; APART: one part, to Y + part * sys."""
     after_others(PDL)
     num_m = tl.cdiv(M, BM)
     num_n = tl.cdiv(N, BN)
@@ -115,8 +115,8 @@ def convolution_kernel(
             )  # fmt: skip
             total = tl.math.fma(acc, tl.full(acc.shape, 1.0, tl.float32), total)
     put(
-        tl.trans(total), BIAS, Y + part * sys, b, p1, p2, p3, here, g, n, N, syb, syg, syn,
-        sy1, sy2, sy3, HAS_BIAS, RUN,
+        tl.trans(total), BIAS, Y + tl.multiple_of(part * sys.to(tl.int64), RUN), b, p1, p2, p3,
+        here, g, n, N, syb, syg, syn, sy1, sy2, sy3, HAS_BIAS, RUN,
     )  # fmt: skip
 
 
@@ -136,13 +136,13 @@ def parts_kernel(
     m = tile_m.to(tl.int64) * BM + tl.arange(0, BM)
     n = pid // num_m % num_n * BN + tl.arange(0, BN)
     b, p1, p2, p3 = places(tile_m, BM, P1, P2, P3)
-    at = (g * N + n.to(tl.int64))[:, None] * M + m[None, :]
-    x = X + tl.max_contiguous(tl.multiple_of(at, [1, RUN]), [1, RUN])
+    at = tl.multiple_of((g * N + n.to(tl.int64))[:, None] * M + m[None, :], [1, RUN])
+    at = tl.max_contiguous(at, [1, RUN])
     here = tl.max_constancy((n < N)[:, None] & (m < M)[None, :], [1, RUN])
     total = tl.zeros([BN, BM], tl.float32)
-    for _ in tl.static_range(PARTS):
-        total += tl.load(x, mask=here, other=0.0)
-        x += sxs
+    for s in tl.static_range(PARTS):
+        to = tl.multiple_of(at + s * sxs.to(tl.int64), [1, RUN])
+        total += tl.load(X + tl.max_contiguous(to, [1, RUN]), mask=here, other=0.0)
     put(total, BIAS, Y, b, p1, p2, p3, m < M, g, n, N, syb, syg, syn, sy1, sy2, sy3, HAS_BIAS, RUN)
 
 

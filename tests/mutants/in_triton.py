@@ -171,10 +171,8 @@ MUTANTS = (
     Mutant(
         "parts of a convolution are added from the end",
         "kernels/convolution/gpu.py",
-        "    x = X + tl.max_contiguous(tl.multiple_of(at, [1, RUN]), [1, RUN])\n",
-        "    x = X + tl.max_contiguous(tl.multiple_of(at + (PARTS - 1) * sxs, [1, RUN]), "
-        "[1, RUN])\n"
-        "    sxs = -sxs\n",
+        "at + s * sxs.to",
+        "at + (PARTS - 1 - s) * sxs.to",
         "the order of parts follows whether they are split over programs",
         CONVOLUTION,
     ),
