@@ -46,4 +46,4 @@ OPS = {
 
 def classes(depth: Depth) -> Iterator[BitClass]:
     """One bit class per entry of the table of the row kernels."""
-    return row_classes("norm", OPS, depth)
+    return row_classes("norm", OPS, depth, cut=False)

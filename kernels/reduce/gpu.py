@@ -1,4 +1,10 @@
-"""Triton kernels of the reductions: every row in the order of `trees`, any rows per program."""
+"""Triton kernels of the reductions: every row in the order of `trees`, any rows per program.
+
+A long row may be cut into parts of some blocks each, for as many programs. What a block adds to a
+row are its lanes, which depend on no other block: the programs of the parts write them down
+(`lanes`), and one that needs the sum of the row adds them in the pinned order (`joined`). A maximum
+is exact in any order, so each part has its own (`extremes`).
+"""
 
 import math
 
@@ -8,6 +14,8 @@ import triton.language as tl
 
 from bicompile.kernels.common.launch import after_others, launch
 from bicompile.kernels.common.trees import (
+    BLOCK,
+    LANES,
     block_max,
     exp,
     fold_rows,
@@ -20,6 +28,9 @@ from bicompile.kernels.common.trees import (
     strides,
 )
 from bicompile.kernels.reduce.schedules import schedule
+
+CHAIN = 64  # more blocks than these are joined in stages: programs that need the sum are many
+NODES = 16  # programs that the first stage has for a row
 
 
 @triton.jit
@@ -54,6 +65,12 @@ def _term(x, shift, p, OP: tl.constexpr):
 
 
 @triton.jit
+def _folded(x, k, K, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr, MUL: tl.constexpr):
+    """[R, L]: what the terms k of a block add to the lanes."""
+    return fold_rows(tl.where(k < K, x, 1.0 if MUL else 0.0), R, J, L, MUL)
+
+
+@triton.jit
 def row_sum(
     X, row, here, K, stride, shift, p,
     OP: tl.constexpr, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr,
@@ -65,16 +82,20 @@ def row_sum(
     for k0 in range(0, K, J * L):
         k = k0 + at
         x = _term(load_terms(X, row, here, k, K, stride, 0.0), shift, p, OP)
-        x = fold_rows(tl.where(k < K, x, 1.0 if MUL else 0.0), R, J, L, MUL)
+        x = _folded(x, k, K, R, J, L, MUL)
         acc = acc * x if MUL else acc + x
     return pair_tree(acc, R, L, MUL)
 
 
 @triton.jit
 def row_extreme(
-    X, row, here, K, stride, OP: tl.constexpr, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr
-):
-    """[R] fp32: "max" without NaN (for a shift), or "absmax" / "absmin", which keep NaN."""
+    X, row, here, start, end, stride,
+    OP: tl.constexpr, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """[R] fp32, of the terms from start to end.
+
+    "max" without NaN (for a shift), or "absmax" / "absmin", which keep NaN.
+    """
     if OP == "max":
         START: tl.constexpr = float("-inf")
     elif OP == "absmax":
@@ -83,8 +104,8 @@ def row_extreme(
         START: tl.constexpr = float("inf")
     acc = tl.full([R, J, L], START, tl.float32)
     at = positions(J, L)
-    for k0 in range(0, K, J * L):
-        x = load_terms(X, row, here, k0 + at, K, stride, START)
+    for k0 in range(start, end, J * L):
+        x = load_terms(X, row, here, k0 + at, end, stride, START)
         if OP == "max":
             acc = tl.maximum(acc, x)
         elif OP == "absmax":
@@ -108,18 +129,158 @@ def rows_of(M, stride, R: tl.constexpr):
     return r, here, (r * stride)[:, None, None], here[:, None, None]
 
 
+# ------------------------------------------------------------------------------ parts of a row
+
+
+@triton.jit
+def part_of(stride, K, blocks, J: tl.constexpr, L: tl.constexpr):
+    """The row of this program, its offset for `load_terms`, the terms from start to end."""
+    size = blocks * J * L
+    parts = tl.cdiv(K, size)
+    r = (tl.program_id(0) // parts).to(tl.int64)
+    start = tl.program_id(0) % parts * size
+    return r, r * stride, start, tl.minimum(start + size, K)
+
+
+@triton.jit
+def top_of(TOPS, r, here, parts, R: tl.constexpr, FINITE: tl.constexpr = False):
+    """[R] fp32: the maximum of rows r from those of their parts; FINITE: see `_finite`."""
+    row = (r * parts)[:, None, None]
+    top = row_extreme(TOPS, row, here[:, None, None], 0, parts, 1, "max", R, 1, 64)
+    return _finite(top) if FINITE else top
+
+
+@triton.jit
+def _finite(top):
+    """A maximum as a shift of exponents; an infinite one shifts nothing."""
+    return tl.where(tl.abs(top) == float("inf"), 0.0, top)
+
+
+@triton.jit
+def _added(FROM, here, n, stride, R: tl.constexpr, W: tl.constexpr, MUL: tl.constexpr):
+    """[R] fp64: W lanes of n blocks are added in rising order of the blocks, then joined."""
+    acc = tl.full([R, W], 1.0 if MUL else 0.0, tl.float64)
+    for block in tl.range(0, n, num_stages=8):
+        x = tl.load(FROM + block * stride, mask=here, other=0.0)
+        acc = acc * x if MUL else acc + x
+    return pair_tree(acc, R, W, MUL)
+
+
+@triton.jit
+def joined(FROM, r, here, n, R: tl.constexpr, W: tl.constexpr, MUL: tl.constexpr = False):
+    """[R] fp64: the sum (MUL: the product) of rows r from what `lanes` returns, [M, n, W]."""
+    at = (r * n * W)[:, None] + tl.arange(0, W)[None, :]
+    return _added(FROM + at, here[:, None], n, W, R, W, MUL)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def extremes_kernel(
+    X, OUT, K, sm, sk, blocks,
+    OP: tl.constexpr, J: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The extreme of a part."""
+    after_others(PDL)
+    _, row, start, end = part_of(sm, K, blocks, J, L)
+    y = row_extreme(X, row, True, start, end, sk, OP, 1, J, L)
+    tl.store(OUT + tl.program_id(0) + tl.arange(0, 1), y)
+
+
+@triton.jit(do_not_specialize=["blocks", "parts"])
+def lanes_kernel(
+    X, TIMES, SHIFT, OUT, K, sm, sk, tm, tk, blocks, parts, p,
+    OP: tl.constexpr, FINITE: tl.constexpr, J: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The lanes of each block of a part. SHIFT: of each row the mean, or the maxima of its parts.
+
+    TIMES: what each term is multiplied by.
+    """
+    after_others(PDL)
+    MUL: tl.constexpr = OP == "prod"
+    r, row, start, end = part_of(sm, K, blocks, J, L)
+    at = positions(J, L)
+    if SHIFT is None:
+        shift = 0.0
+    elif OP == "exp":
+        top = top_of(SHIFT, r + tl.arange(0, 1), tl.full([1], True, tl.int1), parts, 1, FINITE)
+        shift = top[:, None, None]
+    else:
+        shift = tl.load(SHIFT + r)
+    to = OUT + r * tl.cdiv(K, J * L) * L + tl.arange(0, L)[None, :]
+    for k0 in range(start, end, J * L):
+        k = k0 + at
+        x = _term(load_terms(X, row, True, k, K, sk, 0.0), shift, p, OP)
+        if TIMES is not None:
+            x *= load_terms(TIMES, r * tm, True, k, K, tk, 0.0).to(tl.float64)
+        tl.store(to + k0 // J, _folded(x, k, K, 1, J, L, MUL))
+
+
+@triton.jit
+def join_kernel(
+    FROM, OUT, n, MUL: tl.constexpr, L: tl.constexpr, P: tl.constexpr, PDL: tl.constexpr
+):
+    """One of P nodes of a row: neighbouring lanes over all blocks."""
+    after_others(PDL)
+    W: tl.constexpr = L // P
+    r = (tl.program_id(0) // P).to(tl.int64)
+    at = r * n * L + tl.program_id(0) % P * W + tl.arange(0, W)[None, :]
+    y = _added(FROM + at, True, n, L, 1, W, MUL)
+    tl.store(OUT + tl.program_id(0) + tl.arange(0, 1), y)
+
+
+def launch_parts(kernel, s, x, *args, **constants):
+    """Run a kernel over the parts of the rows of x."""
+    programs = x.shape[0] * s.parts(x.shape[1])
+    shape = {"J": BLOCK // LANES, "L": LANES}
+    launch(kernel, programs, x, *args, **constants, **shape, num_warps=s.warps)
+
+
+def extremes(x, s, op="max"):
+    """[M, parts] fp32: the extremes of the parts."""
+    out = torch.empty(x.shape[0], s.parts(x.shape[1]), dtype=torch.float32, device=x.device)
+    launch_parts(extremes_kernel, s, x, out, x.shape[1], *strides(x), s.blocks, OP=op)
+    return out
+
+
+def lanes(x, s, op, p=0.0, shift=None, finite=False, times=None):
+    """[M, n, W] fp64: the lanes of all blocks of the rows, or nodes that lanes are joined to."""
+    m, k = x.shape
+    blocks = triton.cdiv(k, BLOCK)
+    out = torch.empty(m, blocks, LANES, dtype=torch.float64, device=x.device)
+    launch_parts(
+        lanes_kernel, s, x, times, shift, out, k, *strides(x),
+        *((0, 0) if times is None else strides(times)), s.blocks, s.parts(k), p,
+        OP=op, FINITE=finite,
+    )  # fmt: skip
+    if blocks <= CHAIN:
+        return out
+    nodes = torch.empty(m, 1, NODES, dtype=torch.float64, device=x.device)
+    mul = op == "prod"
+    launch(join_kernel, m * NODES, out, nodes, blocks, MUL=mul, L=LANES, P=NODES, num_warps=1)
+    return nodes
+
+
+def blocks_of(sums: torch.Tensor | None) -> tuple[int, int]:
+    """(n, W) of what `lanes` returns; of rows that are whole there is nothing."""
+    return (0, 1) if sums is None else tuple(sums.shape[1:])
+
+
+# ------------------------------------------------------------------------------ the reductions
+
+
 @triton.jit(do_not_specialize=["M"])
 def reduce_kernel(
-    X, Y, M, K, sm, sk, p,
-    OP: tl.constexpr, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr,
+    X, SUMS, Y, M, K, n, W: tl.constexpr, sm, sk, p, OP: tl.constexpr,
+    R: tl.constexpr, J: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """sum, mean, prod and the norms."""
+    """sum, mean, prod and the norms. SUMS: what `lanes` returns, if rows are in parts."""
     after_others(PDL)
     r, here, row, there = rows_of(M, sm, R)
     if OP == "absmax" or OP == "absmin":
-        y = row_extreme(X, row, there, K, sk, OP, R, J, L)
-    else:
+        y = row_extreme(X, row, there, 0, K, sk, OP, R, J, L)
+    elif SUMS is None:
         y = row_sum(X, row, there, K, sk, 0.0, p, OP, R, J, L)
+    else:
+        y = joined(SUMS, r, here, n, R, W, OP == "prod")
     if OP == "mean":
         y = y / K
     elif OP == "deviation":
@@ -131,15 +292,22 @@ def reduce_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def var_kernel(
-    X, Y, MEAN, M, K, sm, sk, correction,
-    ROOT: tl.constexpr, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr,
+    X, SUMS, MEANS, Y, MEAN, M, K, n, W: tl.constexpr, sm, sk, correction, ROOT: tl.constexpr,
+    R: tl.constexpr, J: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Two passes: the mean, then the mean of the squared deviations from it."""
+    """Two passes: the mean, then the mean of the squared deviations from it.
+
+    MEANS, SUMS: the results of the first pass and the lanes of the second, if rows are in parts.
+    """
     after_others(PDL)
     r, here, row, there = rows_of(M, sm, R)
-    mean = row_sum(X, row, there, K, sk, 0.0, 0.0, "sum", R, J, L) / K
-    shift = mean[:, None, None]
-    var = row_sum(X, row, there, K, sk, shift, 0.0, "deviation", R, J, L)
+    if SUMS is None:
+        mean = row_sum(X, row, there, K, sk, 0.0, 0.0, "sum", R, J, L) / K
+        shift = mean[:, None, None]
+        var = row_sum(X, row, there, K, sk, shift, 0.0, "deviation", R, J, L)
+    else:
+        mean = tl.load(MEANS + r, mask=here, other=0.0)
+        var = joined(SUMS, r, here, n, R, W)
     var = var / tl.maximum(tl.full([R], 1.0, tl.float64) * K - correction, 0.0)
     if ROOT:
         var = tl.sqrt(var)
@@ -147,17 +315,22 @@ def var_kernel(
     tl.store(MEAN + r, mean.to(MEAN.dtype.element_ty), mask=here)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "parts"])
 def logsumexp_kernel(
-    X, Y, M, K, sm, sk, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr
-):
+    X, TOPS, SUMS, Y, M, K, parts, n, W: tl.constexpr, sm, sk,
+    R: tl.constexpr, J: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """log(sum(exp(x - max))) + max; an infinite maximum shifts nothing."""
     after_others(PDL)
     r, here, row, there = rows_of(M, sm, R)
-    top = row_extreme(X, row, there, K, sk, "max", R, J, L)
-    top = tl.where(tl.abs(top) == float("inf"), 0.0, top)
-    total = row_sum(X, row, there, K, sk, top[:, None, None], 0.0, "exp", R, J, L).to(tl.float32)
-    tl.store(Y + r, (log(total) + top).to(Y.dtype.element_ty), mask=here)
+    if SUMS is None:
+        top = _finite(row_extreme(X, row, there, 0, K, sk, "max", R, J, L))
+        total = row_sum(X, row, there, K, sk, top[:, None, None], 0.0, "exp", R, J, L)
+    else:
+        top = top_of(TOPS, r, here, parts, R, True)
+        total = joined(SUMS, r, here, n, R, W)
+    y = log(total.to(tl.float32)) + top
+    tl.store(Y + r, y.to(Y.dtype.element_ty), mask=here)
 
 
 def as_rows(x: torch.Tensor, dim: list[int]) -> tuple[torch.Tensor, list[int]]:
@@ -175,11 +348,17 @@ def _out(self, dim, keepdim, dtype, shape):
     return torch.empty(shape, dtype=dtype, device=self.device)
 
 
+def row_schedule(x, family="reduce", crowded=False, cut=True):
+    """The table's schedule of a family's kernel for x [M, K]; cut: it can have rows in parts."""
+    m, k = x.shape
+    return schedule(family, m, k, math.prod(row_shape(k)), crowded, cut)
+
+
 def launch_rows(kernel, x, *args, family="reduce", crowded=False, chosen=None, **constants):
-    """Run a row kernel of a family over x [M, K] on the table's (or the chosen) schedule."""
+    """Run a row kernel of a family over x [M, K] on the chosen schedule, or one of whole rows."""
     m, k = x.shape
     j, lanes = row_shape(k)
-    s = chosen or schedule(family, m, k, j * lanes, crowded)
+    s = chosen or row_schedule(x, family, crowded, cut=False)
     programs = triton.cdiv(m, s.rows)
     launch(kernel, programs, x, *args, **constants, R=s.rows, J=j, L=lanes, num_warps=s.warps)
 
@@ -190,8 +369,20 @@ def _reduce(self, dim, keepdim, dtype, op, p=0.0, chosen=None):
     if x.shape[1] == 0 and op in ("absmax", "absmin"):
         return out.zero_()
     if out.numel():
-        launch_rows(reduce_kernel, x, out, *x.shape, *strides(x), float(p), OP=op, chosen=chosen)
+        _reduce_rows(x, out, op, float(p), chosen or row_schedule(x))
     return out
+
+
+def _reduce_rows(x, out, op, p, s):
+    sums = None
+    if s.blocks and op in ("absmax", "absmin"):
+        x = extremes(x, s, op)
+        s = row_schedule(x, cut=False)
+    elif s.blocks:
+        sums = lanes(x, s, op, p)
+    launch_rows(
+        reduce_kernel, x, sums, out, *x.shape, *blocks_of(sums), *strides(x), p, OP=op, chosen=s
+    )
 
 
 def sum(self, dim, keepdim, dtype, chosen=None):
@@ -218,9 +409,15 @@ def _var(self, dim, correction, keepdim, root=False, chosen=None):
     x, shape = as_rows(self, dim)
     out, average = (_out(self, dim, keepdim, self.dtype, shape) for _ in range(2))
     if out.numel():
+        s = chosen or row_schedule(x)
+        sums = means = None
+        if s.blocks:
+            means = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
+            _reduce_rows(x, means, "mean", 0.0, s)
+            sums = lanes(x, s, "deviation", shift=means)
         launch_rows(
-            var_kernel, x, out, average, *x.shape, *strides(x), float(correction), ROOT=root,
-            chosen=chosen,
+            var_kernel, x, sums, means, out, average, *x.shape, *blocks_of(sums), *strides(x),
+            float(correction), ROOT=root, chosen=s,
         )  # fmt: skip
     return out, average
 
@@ -237,9 +434,22 @@ def var_mean(self, dim, correction, keepdim, chosen=None):
     return _var(self, dim, correction, keepdim, chosen=chosen)
 
 
+def exp_parts(x, s, finite=False):
+    """Of rows in parts the maxima of the parts, and the lanes of the sum of exponentials."""
+    if not s.blocks:
+        return None, None
+    tops = extremes(x, s)
+    return tops, lanes(x, s, "exp", shift=tops, finite=finite)
+
+
 def logsumexp(self, dim, keepdim, chosen=None):
     x, shape = as_rows(self, dim)
     out = _out(self, dim, keepdim, self.dtype, shape)
     if out.numel():
-        launch_rows(logsumexp_kernel, x, out, *x.shape, *strides(x), chosen=chosen)
+        s = chosen or row_schedule(x)
+        tops, sums = exp_parts(x, s, finite=True)
+        launch_rows(
+            logsumexp_kernel, x, tops, sums, out, *x.shape, s.parts(x.shape[1]), *blocks_of(sums),
+            *strides(x), chosen=s,
+        )  # fmt: skip
     return out

@@ -3,14 +3,20 @@
 from dataclasses import dataclass
 
 from bicompile.certificate import choose
+from bicompile.kernels.common.trees import BLOCK
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Rows per program, and its warps."""
+    """Rows per program, and its warps; or the blocks of a row per program: 0 stands for all."""
 
     rows: int
     warps: int
+    blocks: int = 0
+
+    def parts(self, k: int) -> int:
+        """Into how many parts a row of k terms is cut, each for a program of its own."""
+        return -(-k // (self.blocks * BLOCK)) if self.blocks else 0
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,11 @@ class Entry:
     block: int
     single: Schedule
     many: Schedule
+    parts: tuple[Schedule, ...] = ()
+
+    def schedules(self, cut: bool = True) -> tuple[Schedule, ...]:
+        """All of them; without `cut` those of kernels that have whole rows only."""
+        return self.single, self.many, *(self.parts if cut else ())
 
 
 FEW = 256  # rows that run on the single schedule in any case
@@ -36,8 +47,17 @@ TABLE = (
     Entry("block 4096", 4096, Schedule(1, 1), Schedule(1, 2)),
 )
 
-#: Rows of more than one block: few of them leave room for a second warp, which hides latency.
-LONG = Entry("blocks", 0, Schedule(1, 2), Schedule(1, 1))
+#: Rows of more than one block: few of them leave room for a second warp, which hides latency; very
+#: few leave processors idle, so that their blocks are given to several programs.
+LONG = Entry(
+    "blocks",
+    0,
+    Schedule(1, 2),
+    Schedule(1, 1),
+    (Schedule(1, 4, blocks=1), Schedule(1, 4, blocks=4)),
+)
+CUT = 128  # rows that are cut into parts
+PROGRAMS = 1024  # about as many parts are there at most
 
 
 def entry(k: int, block: int) -> Entry:
@@ -45,25 +65,33 @@ def entry(k: int, block: int) -> Entry:
     return LONG if k > block else next(e for e in TABLE if block <= e.block)
 
 
-def schedule(family: str, rows: int, k: int, block: int, crowded: bool) -> Schedule:
+def schedule(
+    family: str, rows: int, k: int, block: int, crowded: bool, cut: bool = False
+) -> Schedule:
     """The schedule for `rows` rows of k terms in blocks of `block` (see `wanted`)."""
     e = entry(k, block)
-    return choose(family, e.name, wanted(rows, e, crowded), e.single, lambda: (e.single, e.many))
+    return choose(
+        family, e.name, wanted(rows, k, e, crowded, cut), e.single, lambda: e.schedules(cut)
+    )
 
 
-def wanted(rows: int, e: Entry, crowded: bool) -> Schedule:
+def wanted(rows: int, k: int, e: Entry, crowded: bool, cut: bool) -> Schedule:
     """What the table says, certified or not.
 
     Args:
         rows: how many rows there are.
+        k: of how many terms.
         e: their bit class.
         crowded: the kernel holds so much of each term that 4096 are too many for one warp.
+        cut: the kernel can have rows in parts.
     """
+    if cut and e.parts and rows <= CUT:
+        fit = (s for s in e.parts if rows * s.parts(k) <= PROGRAMS)
+        return next(fit, e.parts[-1])
     apart = crowded if e.block == 4096 else rows > FEW
     return e.many if apart else e.single
 
 
-def schedules(k: int, block: int) -> tuple[Schedule, ...]:
+def schedules(k: int, block: int, cut: bool = True) -> tuple[Schedule, ...]:
     """Every schedule that may serve rows of k terms (one bit class)."""
-    e = entry(k, block)
-    return e.single, e.many
+    return entry(k, block).schedules(cut)

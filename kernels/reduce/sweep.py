@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from bicompile.kernels.common.trees import BLOCK
 from bicompile.kernels.reduce import gpu
 from bicompile.kernels.reduce.schedules import LONG, TABLE, Entry
 from bicompile.sweep import VALUES, BitClass, Depth, Problem
@@ -63,11 +64,26 @@ def classes(depth: Depth) -> Iterator[BitClass]:
     return row_classes("reduce", OPS, depth)
 
 
-def row_classes(family: str, ops: Mapping[str, Op], depth: Depth) -> Iterator[BitClass]:
-    """The bit classes of a family of row kernels."""
+def row_classes(
+    family: str, ops: Mapping[str, Op], depth: Depth, cut: bool = True
+) -> Iterator[BitClass]:
+    """The bit classes of a family of row kernels; cut: they can have rows in parts."""
     for entry in (*TABLE, LONG):
-        problems = tuple(_problems(ops, entry, depth))
-        yield BitClass(family, entry.name, entry.single, (entry.single, entry.many), problems)
+        problems = list(_problems(ops, entry, depth))
+        if cut and entry is LONG and depth is Depth.FULL:
+            problems += _very_long(ops)
+        yield BitClass(family, entry.name, entry.single, entry.schedules(cut), tuple(problems))
+
+
+def _very_long(ops: Mapping[str, Op]) -> Iterator[Problem]:
+    """A vocabulary, and more blocks than are joined in one stage."""
+    for k in (151936, (gpu.CHAIN + 1) * BLOCK + 1):
+        for name, op in ops.items():
+            if op.quick:
+                yield Problem(
+                    f"{name} bfloat16 5x{k}", torch.bfloat16, ((5, k),),
+                    lambda x, s, op=op: op.run(*x, s), ((1, 2),), values=("random", "cancelling"),
+                )  # fmt: skip
 
 
 def _problems(ops: Mapping[str, Op], entry: Entry, depth: Depth) -> Iterator[Problem]:

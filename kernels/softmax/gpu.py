@@ -17,7 +17,36 @@ from bicompile.kernels.common.trees import (
     positions,
     strides,
 )
-from bicompile.kernels.reduce.gpu import as_rows, launch_rows, row_extreme, row_sum, rows_of
+from bicompile.kernels.reduce.gpu import (
+    as_rows,
+    blocks_of,
+    exp_parts,
+    joined,
+    lanes,
+    launch_parts,
+    launch_rows,
+    part_of,
+    row_extreme,
+    row_schedule,
+    row_sum,
+    rows_of,
+    top_of,
+)
+
+
+@triton.jit
+def _shares(
+    X, out, row, there, start, end, K, sk, top, total,
+    R: tl.constexpr, J: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """exp(x - top) / total of the terms from start to end."""
+    at = positions(J, L)
+    for k0 in range(start, end, J * L):
+        k = k0 + at
+        x = load_terms(X, row, there, k, K, sk, 0.0)
+        e = exp(x - top)
+        y = tl.div_rn(e, tl.broadcast_to(total, e.shape))
+        tl.store(out + k, y.to(out.dtype.element_ty), mask=there & (k < K))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -38,27 +67,40 @@ def softmax_kernel(
         y = tl.div_rn(e, tl.broadcast_to(total, e.shape))
         tl.store(out + at, y.to(Y.dtype.element_ty), mask=there & (at < K))
     else:
-        top = row_extreme(X, row, there, K, sk, "max", R, J, L)[:, None, None]
+        top = row_extreme(X, row, there, 0, K, sk, "max", R, J, L)[:, None, None]
         total = row_sum(X, row, there, K, sk, top, 0.0, "exp", R, J, L)
         total = total.to(tl.float32)[:, None, None]
-        for k0 in range(0, K, J * L):
-            k = k0 + at
-            x = load_terms(X, row, there, k, K, sk, 0.0)
-            e = exp(x - top)
-            y = tl.div_rn(e, tl.broadcast_to(total, e.shape))
-            tl.store(out + k, y.to(Y.dtype.element_ty), mask=there & (k < K))
+        _shares(X, out, row, there, 0, K, K, sk, top, total, R, J, L)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["blocks", "parts"])
+def softmax_part_kernel(
+    X, TOPS, SUMS, Y, K, parts, n, W: tl.constexpr, sm, sk, blocks,
+    J: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A part of a row."""
+    after_others(PDL)
+    r, row, start, end = part_of(sm, K, blocks, J, L)
+    rows, here = r + tl.arange(0, 1), tl.full([1], True, tl.int1)
+    top = top_of(TOPS, rows, here, parts, 1)[:, None, None]
+    total = joined(SUMS, rows, here, n, 1, W).to(tl.float32)[:, None, None]
+    _shares(X, Y + r * K, row, True, start, end, K, sk, top, total, 1, J, L)
+
+
+@triton.jit(do_not_specialize=["M", "parts"])
 def statistics_kernel(
-    X, TOP, SHIFT, M, K, sm, sk,
+    X, TOPS, SUMS, TOP, SHIFT, M, K, parts, n, W: tl.constexpr, sm, sk,
     R: tl.constexpr, J: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Of R rows the maximum, and the logarithm of the sum."""
+    """Of R rows the maximum, and the logarithm of the sum. TOPS, SUMS: if rows are in parts."""
     after_others(PDL)
     r, here, row, there = rows_of(M, sm, R)
-    top = row_extreme(X, row, there, K, sk, "max", R, J, L)
-    total = row_sum(X, row, there, K, sk, top[:, None, None], 0.0, "exp", R, J, L)
+    if SUMS is None:
+        top = row_extreme(X, row, there, 0, K, sk, "max", R, J, L)
+        total = row_sum(X, row, there, K, sk, top[:, None, None], 0.0, "exp", R, J, L)
+    else:
+        top = top_of(TOPS, r, here, parts, R)
+        total = joined(SUMS, r, here, n, R, W)
     tl.store(TOP + r, top, mask=here)
     tl.store(SHIFT + r, log(total.to(tl.float32)), mask=here)
 
@@ -72,11 +114,18 @@ def softmax(self, dim, dtype, chosen=None):
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if out.numel():
         rows = x.reshape(-1, k)
-        one = k <= BLOCK
-        launch_rows(
-            softmax_kernel, rows, out, *rows.shape, *strides(rows), ONE=one, family="softmax",
-            chosen=chosen,
-        )  # fmt: skip
+        s = chosen or row_schedule(rows, "softmax")
+        if s.blocks:
+            tops, sums = exp_parts(rows, s)
+            launch_parts(
+                softmax_part_kernel, s, rows, tops, sums, out, k, s.parts(k), *blocks_of(sums),
+                *strides(rows), s.blocks,
+            )  # fmt: skip
+        else:
+            one = k <= BLOCK
+            launch_rows(
+                softmax_kernel, rows, out, *rows.shape, *strides(rows), ONE=one, chosen=s
+            )  # fmt: skip
     return out.movedim(-1, dim).contiguous()
 
 
@@ -89,11 +138,27 @@ def softmax_statistics(self, dim, chosen=None):
     kept.insert(dim % self.ndim, 1)
     out = [torch.empty(kept, dtype=torch.float32, device=self.device) for _ in range(2)]
     if out[0].numel():
+        s = chosen or row_schedule(rows, "softmax")
+        tops, sums = exp_parts(rows, s)
         launch_rows(
-            statistics_kernel, rows, *out, *rows.shape, *strides(rows), family="softmax",
-            chosen=chosen,
+            statistics_kernel, rows, tops, sums, *out, *rows.shape, s.parts(rows.shape[1]),
+            *blocks_of(sums), *strides(rows), chosen=s,
         )  # fmt: skip
     return tuple(out)
+
+
+@triton.jit
+def _graded(
+    G, Y, out, g_row, y_row, there, start, end, K, gk, yk, total,
+    J: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """(g - total) * y of the terms from start to end."""
+    at = positions(J, L)
+    for k0 in range(start, end, J * L):
+        k = k0 + at
+        g = load_terms(G, g_row, there, k, K, gk, 0.0)
+        y = load_terms(Y, y_row, there, k, K, yk, 0.0)
+        tl.store(out + k, ((g - total) * y).to(out.dtype.element_ty), mask=there & (k < K))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -113,11 +178,20 @@ def softmax_backward_kernel(
         acc += fold_rows(g, R, J, L)
     total = pair_tree(acc, R, L).to(tl.float32)[:, None, None]
     out = OUT + (r * K)[:, None, None]
-    for k0 in range(0, K, J * L):
-        k = k0 + at
-        g = load_terms(G, g_row, there, k, K, gk, 0.0)
-        y = load_terms(Y, y_row, there, k, K, yk, 0.0)
-        tl.store(out + k, ((g - total) * y).to(OUT.dtype.element_ty), mask=there & (k < K))
+    _graded(G, Y, out, g_row, y_row, there, 0, K, K, gk, yk, total, J, L)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def softmax_backward_part_kernel(
+    G, Y, SUMS, OUT, K, n, W: tl.constexpr, gm, gk, ym, yk, blocks,
+    J: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A part of a row."""
+    after_others(PDL)
+    r, g_row, start, end = part_of(gm, K, blocks, J, L)
+    rows, here = r + tl.arange(0, 1), tl.full([1], True, tl.int1)
+    total = joined(SUMS, rows, here, n, 1, W).to(tl.float32)[:, None, None]
+    _graded(G, Y, OUT + r * K, g_row, r * ym, True, start, end, K, gk, yk, total, J, L)
 
 
 def softmax_backward(grad, output, dim, dtype, chosen=None):
@@ -129,8 +203,15 @@ def softmax_backward(grad, output, dim, dtype, chosen=None):
     out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     if out.numel():
         g, y = (t.reshape(-1, t.shape[-1]) for t in (grad, output))
-        launch_rows(
-            softmax_backward_kernel, g, y, out, *g.shape, *strides(g), *strides(y),
-            family="softmax", chosen=chosen,
-        )  # fmt: skip
+        s = chosen or row_schedule(g, "softmax")
+        if s.blocks:
+            sums = lanes(g, s, "sum", times=y)
+            launch_parts(
+                softmax_backward_part_kernel, s, g, y, sums, out, g.shape[1], *blocks_of(sums),
+                *strides(g), *strides(y), s.blocks,
+            )  # fmt: skip
+        else:
+            launch_rows(
+                softmax_backward_kernel, g, y, out, *g.shape, *strides(g), *strides(y), chosen=s
+            )  # fmt: skip
     return out.movedim(-1, dim).contiguous()
