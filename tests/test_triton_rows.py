@@ -59,6 +59,7 @@ ROW_OPS = {
         x, x * x, 1, None, x[:, -1:], None, **s
     ),
 }
+NORMS = [op for op in ROW_OPS if op.startswith(("layer_norm", "rms_norm"))]  # rows are whole
 ROW_SIZES = (7, 300, 4100) if INTERPRET else (1, 5, 33, 256, 576, 1000, 4096, 4097, 12289)
 REPRESENTATIVES = ("sum", "var_mean", "softmax", "layer_norm", "layer_norm_backward")
 ROW_COUNT = 5 if INTERPRET else 33
@@ -84,8 +85,32 @@ def test_a_row_does_not_see_its_batch(op, k):
         keep = [i for i in range(ROW_COUNT) if i not in (0, 2, 4)]
         same(rows(f(poisoned), keep), rows(whole, keep))
         block = math.prod(row_shape(k))
-        for s in reduce_schedules.schedules(k, block):
+        for s in reduce_schedules.schedules(k, block, cut=op not in NORMS):
             same(f(x, chosen=s), whole)
+
+
+@law
+@pytest.mark.parametrize("k", (4097, 9000) if INTERPRET else (4097, 9000, 40000, 151936, 270000))
+@pytest.mark.parametrize("op", [op for op in ROW_OPS if op not in NORMS])
+def test_rows_in_parts(op, k):
+    """Programs that share a row give the bits of one that has it for itself."""
+    x = randn(5, k + 3)[:, 1:-2]
+    x[1, 4096], x[2, 7], x[3, 0], x[3, 4095] = NAN, INF, -INF, INF
+    whole = ROW_OPS[op](x, chosen=reduce_schedules.LONG.single)
+    for s in reduce_schedules.PARTS:
+        same(ROW_OPS[op](x, chosen=s), whole)
+        same(ROW_OPS[op](x[4:], chosen=s), rows(whole, slice(4, 5)))
+        same(ROW_OPS[op](x.t().contiguous().t(), chosen=s), whole)
+
+
+@law
+def test_nodes_of_very_long_rows(monkeypatch):
+    """Of so many blocks that a stage of their own joins them."""
+    monkeypatch.setattr(reduce, "CHAIN", 1)
+    x = randn(3, 9000)
+    for op in ("sum", "softmax", "softmax_statistics", "logsumexp", "softmax_backward"):
+        f = ROW_OPS[op]
+        same(f(x, chosen=reduce_schedules.PARTS[0]), f(x, chosen=reduce_schedules.LONG.single))
 
 
 @law

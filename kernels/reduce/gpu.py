@@ -157,12 +157,20 @@ def _finite(top):
 
 
 @triton.jit
-def _added(FROM, here, n, stride, R: tl.constexpr, W: tl.constexpr, MUL: tl.constexpr):
-    """[R] fp64: W lanes of n blocks are added in rising order of the blocks, then joined."""
+def _added(
+    FROM, here, n, stride, R: tl.constexpr, W: tl.constexpr, MUL: tl.constexpr,
+    AHEAD: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """[R] fp64: W lanes of n blocks are added in rising order of the blocks, then joined.
+
+    AHEAD blocks are read at once; one that is not there changes nothing.
+    """
     acc = tl.full([R, W], 1.0 if MUL else 0.0, tl.float64)
-    for block in tl.range(0, n, num_stages=8):
-        x = tl.load(FROM + block * stride, mask=here, other=0.0)
-        acc = acc * x if MUL else acc + x
+    for first in tl.range(0, n, AHEAD, num_stages=STAGES):
+        for i in tl.static_range(AHEAD):
+            mask = here & (first + i < n)
+            x = tl.load(FROM + (first + i) * stride, mask=mask, other=1.0 if MUL else 0.0)
+            acc = acc * x if MUL else acc + x
     return pair_tree(acc, R, W, MUL)
 
 
@@ -170,7 +178,7 @@ def _added(FROM, here, n, stride, R: tl.constexpr, W: tl.constexpr, MUL: tl.cons
 def joined(FROM, r, here, n, R: tl.constexpr, W: tl.constexpr, MUL: tl.constexpr = False):
     """[R] fp64: the sum (MUL: the product) of rows r from what `lanes` returns, [M, n, W]."""
     at = (r * n * W)[:, None] + tl.arange(0, W)[None, :]
-    return _added(FROM + at, here[:, None], n, W, R, W, MUL)
+    return _added(FROM + at, here[:, None], n, W, R, W, MUL, 16, 1)
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -223,7 +231,7 @@ def join_kernel(
     W: tl.constexpr = L // P
     r = (tl.program_id(0) // P).to(tl.int64)
     at = r * n * L + tl.program_id(0) % P * W + tl.arange(0, W)[None, :]
-    y = _added(FROM + at, True, n, L, 1, W, MUL)
+    y = _added(FROM + at, True, n, L, 1, W, MUL, 32, 3)
     tl.store(OUT + tl.program_id(0) + tl.arange(0, 1), y)
 
 

@@ -47,15 +47,11 @@ TABLE = (
     Entry("block 4096", 4096, Schedule(1, 1), Schedule(1, 2)),
 )
 
+PARTS = Schedule(1, 4, blocks=1), Schedule(1, 4, blocks=4)
+
 #: Rows of more than one block: few of them leave room for a second warp, which hides latency; very
 #: few leave processors idle, so that their blocks are given to several programs.
-LONG = Entry(
-    "blocks",
-    0,
-    Schedule(1, 2),
-    Schedule(1, 1),
-    (Schedule(1, 4, blocks=1), Schedule(1, 4, blocks=4)),
-)
+LONG = Entry("blocks", 0, Schedule(1, 2), Schedule(1, 1), PARTS)
 CUT = 128  # rows that are cut into parts
 PROGRAMS = 1024  # about as many parts are there at most
 

@@ -23,9 +23,17 @@ MUTANTS = (
     Mutant(
         "a sum without a mask",
         "kernels/reduce/gpu.py",
-        "x = fold_rows(tl.where(k < K, x, 1.0 if MUL else 0.0), R, J, L, MUL)",
-        "x = fold_rows(x, R, J, L, MUL)",
+        "return fold_rows(tl.where(k < K, x, 1.0 if MUL else 0.0), R, J, L, MUL)",
+        "return fold_rows(x, R, J, L, MUL)",
         "elements behind the end of a row enter variances and products",
+        ROWS,
+    ),
+    Mutant(
+        "the blocks of a row in parts lose the last",
+        "kernels/reduce/gpu.py",
+        "            mask = here & (first + i < n)",
+        "            mask = here & (first + i < tl.maximum(n - 1, 1))",
+        "few long rows, whose blocks several programs fold, miss terms",
         ROWS,
     ),
     Mutant(
