@@ -166,9 +166,10 @@ def _added(
     AHEAD blocks are read at once; one that is not there changes nothing.
     """
     acc = tl.full([R, W], 1.0 if MUL else 0.0, tl.float64)
+    end = tl.full([1, 1], n, tl.int32)
     for first in tl.range(0, n, AHEAD, num_stages=STAGES):
         for i in tl.static_range(AHEAD):
-            mask = here & (first + i < n)
+            mask = here & (first + i < end)
             x = tl.load(FROM + (first + i) * stride, mask=mask, other=1.0 if MUL else 0.0)
             acc = acc * x if MUL else acc + x
     return pair_tree(acc, R, W, MUL)
@@ -178,7 +179,7 @@ def _added(
 def joined(FROM, r, here, n, R: tl.constexpr, W: tl.constexpr, MUL: tl.constexpr = False):
     """[R] fp64: the sum (MUL: the product) of rows r from what `lanes` returns, [M, n, W]."""
     at = (r * n * W)[:, None] + tl.arange(0, W)[None, :]
-    return _added(FROM + at, here[:, None], n, W, R, W, MUL, 16, 1)
+    return _added(FROM + at, here[:, None], n, W, R, W, MUL, 8, 4)
 
 
 @triton.jit(do_not_specialize=["blocks"])

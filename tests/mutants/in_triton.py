@@ -31,8 +31,8 @@ MUTANTS = (
     Mutant(
         "the blocks of a row in parts lose the last",
         "kernels/reduce/gpu.py",
-        "            mask = here & (first + i < n)",
-        "            mask = here & (first + i < tl.maximum(n - 1, 1))",
+        "            mask = here & (first + i < end)",
+        "            mask = here & (first + i < tl.maximum(end - 1, 1))",
         "few long rows, whose blocks several programs fold, miss terms",
         ROWS,
     ),
