@@ -83,6 +83,21 @@ def test_nothing_to_do_on_a_cpu():
         pass
 
 
+def test_long_rows_are_built_whole_and_in_parts(built):
+    torch._dynamo.reset()
+    t = x(6, 40000)
+    torch._dynamo.mark_dynamic(t, 0)
+    gm, _, _, _ = rewrite(lambda t: t.softmax(1).logsumexp(1), t)
+    for node in nodes(gm):
+        ahead.build(node)
+    names = {name for name, _ in built}
+    assert names == {
+        *("extremes_kernel", "lanes_kernel", "softmax_part_kernel"),
+        *("softmax_kernel", "logsumexp_kernel"),
+    }
+    assert {o["num_warps"] for name, o in built if name == "softmax_kernel"} == {1, 2}
+
+
 @pytest.mark.gpu
 def test_no_kernel_is_built_after_compilation():
     """Other numbers of rows find their kernels."""

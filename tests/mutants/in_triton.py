@@ -34,7 +34,7 @@ MUTANTS = (
         "            mask = here & (first + i < end)",
         "            mask = here & (first + i < tl.maximum(end - 1, 1))",
         "few long rows, whose blocks several programs fold, miss terms",
-        ROWS,
+        (*ROWS, "-k", "parts"),
     ),
     Mutant(
         "blocks are added by halves",
