@@ -94,7 +94,7 @@ def _capability() -> str:
 
 def _matmul_cuda(name: str, args: Sequence[Any]) -> Choice:
     left, right, tf32 = _factors(name, args)
-    kind = "half" if left.dtype is not torch.float32 else "tf32" if tf32 else "ieee"
+    kind = matmul_table.kind_of(left.dtype, tf32, _capability())
     kind += " pair" if name == "swiglu" else ""
     *_, rows, terms = (hint(n) for n in left.shape)
     weights = args[1:4] if name == "qkv_proj" else [right]
@@ -129,9 +129,10 @@ def _rows_cuda(family: str, name: str, args: Sequence[Any]) -> Choice:
     rows = total // k if k else 0
     entry = rows_table.entry(k, min(1 << (max(k, 1) - 1).bit_length(), BLOCK))
     crowded = name in ("layer_norm", "group_norm", "layer_norm_backward", "group_norm_backward")
-    wanted = rows_table.wanted(rows, entry, crowded)
+    cut = family != "norm"
+    wanted = rows_table.wanted(rows, k, entry, crowded, cut)
     chosen = _served(family, entry.name, wanted, entry.single)
-    return _choice(chosen, (entry.single, entry.many))
+    return _choice(chosen, entry.schedules(cut))
 
 
 def _reduced(name: str, sizes: Sequence[int], args: Sequence[Any]) -> int:

@@ -47,13 +47,13 @@ TABLE = (
     Entry("block 4096", 4096, Schedule(1, 1), Schedule(1, 2)),
 )
 
-PARTS = Schedule(1, 4, blocks=1), Schedule(1, 4, blocks=4)
+PARTS = Schedule(1, 4, blocks=1), Schedule(1, 4, blocks=2)
 
 #: Rows of more than one block: few of them leave room for a second warp, which hides latency; very
 #: few leave processors idle, so that their blocks are given to several programs.
 LONG = Entry("blocks", 0, Schedule(1, 2), Schedule(1, 1), PARTS)
-CUT = 128  # rows that are cut into parts
-PROGRAMS = 1024  # about as many parts are there at most
+CUT = 8  # rows that are cut into parts, for each of their blocks: more fill a device uncut
+BLOCKS = 256  # so many blocks are a program each, in several rows
 
 
 def entry(k: int, block: int) -> Entry:
@@ -81,9 +81,9 @@ def wanted(rows: int, k: int, e: Entry, crowded: bool, cut: bool) -> Schedule:
         crowded: the kernel holds so much of each term that 4096 are too many for one warp.
         cut: the kernel can have rows in parts.
     """
-    if cut and e.parts and rows <= CUT:
-        fit = (s for s in e.parts if rows * s.parts(k) <= PROGRAMS)
-        return next(fit, e.parts[-1])
+    blocks = -(-k // BLOCK)
+    if cut and e.parts and rows <= CUT * blocks:
+        return e.parts[rows > 1 and rows * blocks >= BLOCKS]
     apart = crowded if e.block == 4096 else rows > FEW
     return e.many if apart else e.single
 
