@@ -40,13 +40,18 @@ MANY = 1 << 62
 TABLE: dict[str, tuple[Entry, ...]] = {
     "half": (
         Entry(MANY, 16, Schedule(128, 16, 64, 4, 4)),
-        Entry(1 << 18, MANY, Schedule(64, 32, 64, 4, 4, True)),
-        Entry(1 << 20, MANY, Schedule(64, 64, 64, 4, 4, True)),
+        Entry(1 << 16, MANY, Schedule(64, 32, 128, 4, 3, True)),
+        Entry(1 << 20, MANY, Schedule(64, 64, 128, 4, 3, True)),
         Entry(MANY, 64, Schedule(128, 64, 64, 4, 3)),
-        Entry(MANY, MANY, Schedule(128, 128, 64, 8, 3)),
+        Entry(1 << 22, MANY, Schedule(128, 128, 64, 8, 3, True)),
+        Entry(MANY, MANY, Schedule(128, 128, 64, 8, 4)),
     ),
     "tf32": (
         Entry(1 << 20, MANY, Schedule(64, 32, 32, 4, 4, True)),
+        Entry(MANY, MANY, Schedule(64, 64, 32, 4, 3)),
+    ),
+    "double": (
+        Entry(1 << 20, MANY, Schedule(32, 32, 32, 4, 3, True)),
         Entry(MANY, MANY, Schedule(64, 64, 32, 4, 3)),
     ),
     "ieee": (
@@ -59,6 +64,7 @@ TABLE: dict[str, tuple[Entry, ...]] = {
 SINGLE = {
     "half": Schedule(128, 64, 64, 4, 3),
     "tf32": Schedule(64, 64, 32, 4, 3),
+    "double": Schedule(64, 64, 32, 4, 3),
     "ieee": Schedule(64, 32, 32, 4, 3),
 }
 
