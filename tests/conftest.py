@@ -62,6 +62,14 @@ def whole_table(monkeypatch):
 
 
 @pytest.fixture
+def fast_double_or_not(request, monkeypatch):
+    """A test of kind "ieee" runs as on a device that is slow in float64."""
+    found = getattr(request.node, "callspec", None)
+    if found and found.params.get("kind") == "ieee":
+        monkeypatch.setattr("bicompile.kernels.matmul.schedules.FAST_DOUBLE", ())
+
+
+@pytest.fixture
 def own_certificates(tmp_path, monkeypatch):
     """An empty folder for certificates; no others count."""
     for name, folder in (("USER", "user"), ("PACKAGED", "packaged")):

@@ -137,7 +137,7 @@ def test_many_terms_are_parts_in_rising_order(dtype, monkeypatch):
 
 
 def kind_of(dtype):
-    return "half" if dtype != FULL else "ieee"
+    return "half" if dtype != FULL else "double"
 
 
 @law

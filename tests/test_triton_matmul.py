@@ -22,7 +22,12 @@ from triton_set_up import (
 from bicompile.kernels.matmul import gpu as matmul
 from bicompile.kernels.matmul import schedules as matmul_schedules
 
-KINDS = (("half", DTYPES[0], False), ("ieee", FULL, False), ("tf32", FULL, True))
+KINDS = (
+    ("half", DTYPES[0], False),
+    ("double", FULL, False),
+    ("ieee", FULL, False),
+    ("tf32", FULL, True),
+)
 if not INTERPRET:
     KINDS += (("half", torch.float16, False),)
 SHAPES = ((20, 70, 33), (20, 72, 40))

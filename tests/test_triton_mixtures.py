@@ -8,7 +8,12 @@ from bicompile.kernels.matmul import gpu as matmul
 from bicompile.kernels.matmul import schedules as matmul_schedules
 from bicompile.kernels.sort import gpu as sort
 
-KINDS = (("half", DTYPES[0], False), ("ieee", FULL, False), ("tf32", FULL, True))
+KINDS = (
+    ("half", DTYPES[0], False),
+    ("double", FULL, False),
+    ("ieee", FULL, False),
+    ("tf32", FULL, True),
+)
 ENDS = ((0, 3, 3, 20), (23, 23, 23, 23), (1, 2, 3, 4))
 
 

@@ -1,7 +1,8 @@
 """Set-up of the Triton tests, on an NVIDIA GPU (`pytest -m gpu`) or in the interpreter.
 
-In the interpreter a dot is replaced by one fp32 chain over K, which is the order that the laws
-assume of the hardware; so equal bits there show the structure, and on the GPU they show the rest.
+In the interpreter a dot is replaced by one chain over K in the accumulator's type, which is the
+order that the laws assume of the hardware; so equal bits there show the structure, and on the GPU
+they show the rest.
 """
 
 import os
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRET else "cuda"
 
@@ -23,13 +25,13 @@ if INTERPRET:
     def _floats(handle):
         if handle.dtype.scalar == tl.bfloat16:
             return (handle.data.astype(numpy.uint32) << 16).view(numpy.float32)
-        return handle.data.astype(numpy.float32)
+        return handle.data
 
     def _chain(self, a, b, acc, *rest):
         x, y = _floats(a).astype(numpy.float64), _floats(b).astype(numpy.float64)
-        total = acc.data.astype(numpy.float32)
+        total, kind = acc.data, numpy.float64 if acc.dtype.scalar == tl.float64 else numpy.float32
         for k in range(x.shape[-1]):
-            total = (total + x[..., :, k, None] * y[..., k, None, :]).astype(numpy.float32)
+            total = (total + x[..., :, k, None] * y[..., k, None, :]).astype(kind)
         return interpreter.TensorHandle(total, acc.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = _chain
@@ -50,7 +52,7 @@ def on_device(test):
 
 def law(test):
     """The same, on the schedules that the tables name, certified or not."""
-    return pytest.mark.usefixtures("whole_table")(on_device(test))
+    return pytest.mark.usefixtures("whole_table", "fast_double_or_not")(on_device(test))
 
 
 real_dot = pytest.mark.skipif(INTERPRET, reason="the interpreter's dot is a stand-in")

@@ -18,11 +18,12 @@ import torch
 import triton
 import triton.language as tl
 
-from bicompile.kernels.common.launch import after_others, launch
+from bicompile.kernels.common.launch import after_others, capability, launch
 from bicompile.kernels.common.trees import strides
 from bicompile.kernels.convolution.op import output_sizes
 from bicompile.kernels.convolution.schedules import schedule
 from bicompile.kernels.convolution.tiles import chain, places, put, within
+from bicompile.kernels.matmul.schedules import kind_of
 from bicompile.kernels.matmul.tiles import tile_of
 
 FEW = 64  # pinned: up to so many taps of one channel are one fma chain
@@ -341,7 +342,7 @@ def _products(image, w, bias, has_bias, y, window, tf32, chosen):
     m, k = batch * p, math.prod(taps) * filled
     terms = _part(math.prod(taps), k)
     parts = triton.cdiv(k, terms)
-    kind = "half" if y.dtype != torch.float32 else "tf32" if tf32 else "ieee"
+    kind = kind_of(y.dtype, tf32, capability(y.device))
     s = chosen or schedule(kind, groups * m * n, n)
     assert kind != "ieee" or s.bk == IEEE
     apart = s.apart and parts > 1

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
+from bicompile.kernels.common.launch import capability
 from bicompile.kernels.convolution import gpu
 from bicompile.kernels.convolution.schedules import SINGLE, schedules
+from bicompile.kernels.matmul.schedules import kinds
 from bicompile.sweep import VALUES, BitClass, Depth, Problem
 
 #: kind -> dtypes, the first where little is tried.
 DTYPES = {
     "half": (torch.bfloat16, torch.float16),
     "tf32": (torch.float32,),
+    "double": (torch.float32,),
     "ieee": (torch.float32,),
 }
 ROWS = ((0, 1), (1, 3))
@@ -65,8 +68,10 @@ FORMS = {
 
 def classes(depth: Depth) -> Iterator[BitClass]:
     """One bit class per kind."""
-    for kind, single in SINGLE.items():
-        yield BitClass("convolution", kind, single, schedules(kind), tuple(_problems(kind, depth)))
+    here = capability(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    for kind in (k for k in kinds(here) if k in SINGLE):
+        problems = tuple(_problems(kind, depth))
+        yield BitClass("convolution", kind, SINGLE[kind], schedules(kind), problems)
 
 
 def _problems(kind: str, depth: Depth) -> Iterator[Problem]:

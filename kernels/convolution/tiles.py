@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from bicompile.kernels.matmul.tiles import _add_dot as add_dot
+from bicompile.kernels.matmul.tiles import add_dot, zeros
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def chain(
     W1: tl.constexpr, W2: tl.constexpr, W3: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr,
     EVEN: tl.constexpr, ALONG_M: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The chain of terms k = w * C + c from `first` to before `last`, in rising order from +0.
+    """The chain of terms k = w * C + c from `first` to before `last`, fp32, rising from +0.
 
     X [.., C] holds the pixels at `at` [BM], whose places in the image are i1, i2, i3, for tap 0;
     W [N, K]. What lies outside of the image is 0. Where a step is of one tap, its place is a
@@ -36,7 +36,7 @@ def chain(
     # Aligned loads of so many channels; of a pixel, they are all inside of the image or not.
     TOGETHER: tl.constexpr = C & -C if C & -C < 8 else 8
     tl.assume(first < last)
-    acc = tl.zeros([BM, BN], tl.float32)
+    acc = zeros(BM, BN, KIND)
     rk = tl.arange(0, BK)
     in_n = (n < N)[None, :]
     to_n = (n.to(tl.int64) * K)[None, :]
@@ -84,7 +84,7 @@ def chain(
         if not EVEN:
             here_w = tl.max_constancy(in_n & (k + rk < K)[:, None], [TOGETHER, 1])
         acc = add_dot(x, tl.load(W + to, mask=here_w, other=0.0), acc, KIND)
-    return acc
+    return acc.to(tl.float32)
 
 
 @triton.jit

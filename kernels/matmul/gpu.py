@@ -9,7 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bicompile.kernels.common.launch import after_others, capability, is_aligned, launch, processors
 from bicompile.kernels.common.trees import strides
-from bicompile.kernels.matmul.schedules import PART, Schedule, schedule
+from bicompile.kernels.matmul.schedules import PART, Schedule, kind_of, schedule
 from bicompile.kernels.matmul.tiles import chain, chain_of_blocks, put, tile_of
 
 QKV_ROWS = 128  # up to here q, k and v are one launch; above, each fills the device alone
@@ -120,8 +120,8 @@ def qkv_kernel(
     put(acc, acc2, c, y, tile_m * BM, n0, M, n, 0, 1, 1.0, 1.0, END, TYPE, False, 1, BM, BN)
 
 
-def _kind(dtype: torch.dtype, tf32: bool) -> str:
-    return "half" if dtype != torch.float32 else "tf32" if tf32 else "ieee"
+def _kind(x: torch.Tensor, tf32: bool) -> str:
+    return kind_of(x.dtype, tf32, capability(x.device))
 
 
 def _choose(kind: str, a, weights, n: int, chosen: Schedule | None) -> Schedule:
@@ -158,7 +158,7 @@ def _launch(a, b, c=None, *, tf32, end="", beta=0.0, alpha=1.0, b2=None, chosen=
     if out.numel() == 0:
         return out
     weights = (b,) if b2 is None else (b, b2)
-    kind = _kind(a.dtype, tf32)
+    kind = _kind(a, tf32)
     s = _choose(kind if b2 is None else f"{kind} pair", a, weights, n, chosen)
     c, c_strides = (out, (0, 0, 0)) if c is None else (c, strides(c))
     tiles = triton.cdiv(m, s.bm) * triton.cdiv(n, s.bn)
@@ -214,7 +214,7 @@ def grouped_mm(self, mat2, offs, tf32, chosen=None):
     out = torch.empty((m, n), dtype=self.dtype, device=self.device)
     if out.numel() == 0 or groups == 0:
         return out.zero_()
-    kind = _kind(self.dtype, tf32)
+    kind = _kind(self, tf32)
     of_a_run = self[None, : triton.cdiv(m, groups)]
     s = _choose(kind, of_a_run, (), n, chosen)
     # The last tile of each run, and of the rows behind them, may be a part of one.
@@ -253,7 +253,7 @@ def qkv_proj(self, q, k, v, q_bias, k_bias, v_bias, tf32, chosen=None):
             for w, b in pairs
         )
     columns = [w.shape[1] for w in weights]
-    kind = _kind(self.dtype, tf32)
+    kind = _kind(self, tf32)
     s = _choose(kind, self[None], (), sum(columns), chosen)
     out = [torch.empty((m, n), dtype=self.dtype, device=self.device) for n in columns]
     added = out if q_bias is None else [b.contiguous() for b in biases]

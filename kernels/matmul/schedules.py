@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
+import torch
+
 from bicompile.certificate import choose
 
 
@@ -51,30 +53,40 @@ class Entry:
 
 
 PART = 32  # pinned: terms of one chain of an "ieee" matmul, so its bk
+FAST_DOUBLE = ("8.0", "9.0", "10.0")  # pinned: devices half as fast in float64 as in float32
 MANY = 1 << 62
-WIDE = 8192  # columns that fill a device with few rows of tiles
+NARROW, WIDE = 4096, 8192  # columns that fill a device with wide tiles only for many rows
 
 #: (kind, compute capability or "any") -> entries. "pair": two products that share their left side,
 #: a tile of each.
 TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
     ("half", "9.0"): (
-        Entry(16, WIDE, WIDE, _tma(16, 64, 256, 4, 4)),
-        Entry(16, WIDE, MANY, _tma(16, 32, 512, 4, 4)),
+        Entry(16, NARROW, MANY, _tma(16, 32, 512, 4, 4)),
         Entry(16, MANY, MANY, Schedule(16, 32, 256, 4, 4)),
-        Entry(32, WIDE, MANY, _tma(32, 32, 256, 4, 5)),
-        Entry(32, MANY, MANY, _tma(32, 64, 128, 4, 4)),
-        Entry(64, MANY, MANY, _tma(64, 64, 128, 4, 4)),
-        Entry(128, WIDE, MANY, _tma(64, 64, 128, 4, 5)),
+        Entry(32, NARROW, MANY, _tma(32, 32, 256, 4, 5)),
+        Entry(32, WIDE, MANY, _tma(32, 32, 256, 4, 4)),
+        Entry(32, MANY, MANY, _tma(32, 128, 128, 4, 4)),
+        Entry(64, NARROW, MANY, _tma(64, 32, 256, 4, 4)),
+        Entry(64, MANY, MANY, _tma(64, 64, 128, 4, 5)),
+        Entry(128, NARROW, MANY, _tma(128, 32, 128, 4, 5)),
+        Entry(128, WIDE, MANY, _tma(128, 64, 64, 4, 8)),
         Entry(128, MANY, MANY, _tma(128, 128, 64, 8, 5, 1)),
-        Entry(512, WIDE, MANY, _tma(128, 64, 64, 4, 6)),
-        Entry(512, MANY, MANY, _tma(128, 128, 64, 8, 5, 1)),
-        Entry(4096, 1024, MANY, _tma(128, 128, 64, 8, 5)),
+        Entry(256, NARROW, MANY, _tma(128, 64, 64, 4, 8)),
+        Entry(512, NARROW, MANY, _tma(128, 128, 64, 4, 6)),
+        Entry(256, MANY, MANY, _tma(128, 128, 64, 4, 6)),
+        Entry(512, WIDE, MANY, _tma(128, 256, 64, 8, 3)),
+        Entry(512, MANY, MANY, _tma(128, 128, 64, 4, 6)),
+        Entry(4096, 1024, MANY, _tma(128, 128, 64, 4, 6)),
+        Entry(1024, NARROW, MANY, _tma(128, 256, 64, 8, 3)),
+        Entry(1024, WIDE, MANY, _tma(128, 128, 64, 4, 6)),
         Entry(MANY, MANY, MANY, _tma(128, 256, 64, 8, 3)),
     ),
     ("half pair", "9.0"): (
-        Entry(16, MANY, MANY, Schedule(16, 16, 256, 4, 4)),
+        Entry(16, MANY, MANY, Schedule(16, 32, 256, 4, 3)),
         Entry(32, MANY, MANY, _tma(32, 32, 128, 4, 4)),
-        Entry(64, MANY, MANY, _tma(64, 64, 64, 4, 4)),
+        Entry(64, MANY, MANY, _tma(64, 32, 128, 4, 4)),
+        Entry(128, MANY, MANY, _tma(128, 128, 64, 8, 4)),
+        Entry(256, MANY, MANY, _tma(128, 64, 64, 4, 5)),
         Entry(MANY, MANY, MANY, _tma(128, 128, 64, 8, 4)),
     ),
     ("half", "any"): (
@@ -100,6 +112,15 @@ TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
         Entry(16, MANY, MANY, Schedule(16, 16, 64, 2, 4)),
         Entry(MANY, MANY, MANY, Schedule(64, 64, 32, 4, 3)),
     ),
+    ("double", "any"): (
+        Entry(16, MANY, MANY, Schedule(16, 32, 128, 4, 4)),
+        Entry(128, MANY, MANY, Schedule(16, 64, 64, 4, 3)),
+        Entry(MANY, MANY, MANY, Schedule(64, 64, 64, 8, 3)),
+    ),
+    ("double pair", "any"): (
+        Entry(16, MANY, MANY, Schedule(16, 32, 64, 4, 4)),
+        Entry(MANY, MANY, MANY, Schedule(64, 32, 32, 4, 4)),
+    ),
     ("ieee", "any"): (
         Entry(1, MANY, MANY, Schedule(1, 32, 32, 1, 6)),
         Entry(8, MANY, MANY, Schedule(4, 32, 32, 2, 5)),
@@ -120,9 +141,24 @@ SINGLE = {
     "half pair": Schedule(64, 64, 64, 4, 3),
     "tf32": Schedule(64, 64, 32, 4, 4),
     "tf32 pair": Schedule(64, 64, 32, 4, 3),
+    "double": Schedule(64, 64, 64, 8, 3),
+    "double pair": Schedule(64, 32, 32, 4, 4),
     "ieee": Schedule(16, 32, 32, 2, 5),
     "ieee pair": Schedule(32, 32, 32, 4, 3),
 }
+
+
+def kind_of(dtype: torch.dtype, tf32: bool, capability: str) -> str:
+    """How products are summed: "half", "tf32", and in full precision "double" or "ieee"."""
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if tf32 else "double" if capability in FAST_DOUBLE else "ieee"
+
+
+def kinds(capability: str) -> tuple[str, ...]:
+    """The kinds of a device, with those of two products that share their left side."""
+    other = kind_of(torch.float32, False, "" if capability in FAST_DOUBLE else FAST_DOUBLE[0])
+    return tuple(k for k in SINGLE if k.split()[0] != other)
 
 
 def table(kind: str, capability: str) -> tuple[Entry, ...]:

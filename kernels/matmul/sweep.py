@@ -8,13 +8,14 @@ import torch
 
 from bicompile.kernels.common.launch import capability
 from bicompile.kernels.matmul import gpu
-from bicompile.kernels.matmul.schedules import SINGLE, schedules
+from bicompile.kernels.matmul.schedules import SINGLE, kinds, schedules
 from bicompile.sweep import VALUES, BitClass, Depth, Problem
 
 #: kind -> dtypes, the first where little is tried.
 DTYPES = {
     "half": (torch.bfloat16, torch.float16),
     "tf32": (torch.float32,),
+    "double": (torch.float32,),
     "ieee": (torch.float32,),
 }
 
@@ -45,10 +46,10 @@ LAYOUTS = ("misaligned", "reversed strides", "misaligned rows", "every second el
 def classes(depth: Depth) -> Iterator[BitClass]:
     """One bit class per kind."""
     here = capability(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    for kind, single in SINGLE.items():
+    for kind in kinds(here):
         problems = _pairs if kind.endswith(" pair") else _problems
         found = tuple(problems(kind.removesuffix(" pair"), depth))
-        yield BitClass("matmul", kind, single, schedules(kind, here), found)
+        yield BitClass("matmul", kind, SINGLE[kind], schedules(kind, here), found)
 
 
 def _pairs(kind: str, depth: Depth) -> Iterator[Problem]:

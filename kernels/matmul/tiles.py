@@ -1,7 +1,8 @@
 """Triton device functions of matmul: one chain over K per output element, and what follows it.
 
-fp32 in full precision ("ieee") sums chains of PART terms, one after the other: a chain of thousands
-is less accurate than what PyTorch calls.
+fp32 in full precision is summed in fp64 ("double") where the device is fast at it. Elsewhere
+("ieee") chains of PART terms are summed one after the other: a chain of thousands is less accurate
+than what PyTorch calls.
 """
 
 import triton
@@ -30,9 +31,17 @@ def _tf32(x):
 
 
 @triton.jit
-def _add_dot(x, y, acc, KIND: tl.constexpr):
+def zeros(BM: tl.constexpr, BN: tl.constexpr, KIND: tl.constexpr):
+    """Where the chains of a tile begin."""
+    return tl.zeros([BM, BN], tl.float64 if KIND == "double" else tl.float32)
+
+
+@triton.jit
+def add_dot(x, y, acc, KIND: tl.constexpr):
     """acc + x @ y. ieee: a chain of its own for BK terms, then one sum: fewer large roundings."""
-    if KIND == "ieee":
+    if KIND == "double":
+        acc = tl.dot(x.to(tl.float64), y.to(tl.float64), acc, out_dtype=tl.float64)
+    elif KIND == "ieee":
         part = tl.dot(x, y, input_precision="ieee")
         acc = tl.math.fma(part, tl.full(part.shape, 1.0, tl.float32), acc)  # "+" becomes one chain
     elif KIND == "tf32":
@@ -48,7 +57,7 @@ def chain(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
     KIND: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    """A @ B of the tile at (m0, n0), and with TWO also A @ B2: K in rising order from +0.
+    """A @ B of the tile at (m0, n0), and with TWO also A @ B2, fp32: K in rising order from +0.
 
     What lies outside the matrices adds 0 * 0.
     """
@@ -63,7 +72,7 @@ def chain(
     step_b = tl.full([], BK, tl.int64) * sbk
     in_m = rm[:, None] < M
     in_n = rn[None, :] < N
-    acc = tl.zeros([BM, BN], tl.float32)
+    acc = zeros(BM, BN, KIND)
     acc2 = acc
     for k in tl.range(0, K, BK):
         if EVEN_K:
@@ -73,13 +82,13 @@ def chain(
             in_a = in_m & (rk[None, :] < K - k)
             in_b = in_n & (rk[:, None] < K - k)
         x = tl.load(a, mask=in_a, other=0.0)
-        acc = _add_dot(x, tl.load(b, mask=in_b, other=0.0), acc, KIND)
+        acc = add_dot(x, tl.load(b, mask=in_b, other=0.0), acc, KIND)
         if TWO:
-            acc2 = _add_dot(x, tl.load(b2, mask=in_b, other=0.0), acc2, KIND)
+            acc2 = add_dot(x, tl.load(b2, mask=in_b, other=0.0), acc2, KIND)
             b2 += step_b
         a += step_a
         b += step_b
-    return acc, acc2
+    return acc.to(tl.float32), acc2.to(tl.float32)
 
 
 @triton.jit
