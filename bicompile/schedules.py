@@ -130,7 +130,7 @@ def _rows_cuda(family: str, name: str, args: Sequence[Any]) -> Choice:
     entry = rows_table.entry(k, min(1 << (max(k, 1) - 1).bit_length(), BLOCK))
     crowded = name in ("layer_norm", "group_norm", "layer_norm_backward", "group_norm_backward")
     cut = family != "norm"
-    wanted = rows_table.wanted(rows, k, entry, crowded, cut)
+    wanted = rows_table.wanted(family, rows, k, entry, crowded, cut)
     chosen = _served(family, entry.name, wanted, entry.single)
     return _choice(chosen, entry.schedules(cut))
 

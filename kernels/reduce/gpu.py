@@ -18,7 +18,6 @@ from bicompile.kernels.common.trees import (
     LANES,
     block_max,
     exp,
-    fold_rows,
     load_terms,
     log,
     pair_tree,
@@ -65,9 +64,38 @@ def _term(x, shift, p, OP: tl.constexpr):
 
 
 @triton.jit
-def _folded(x, k, K, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr, MUL: tl.constexpr):
-    """[R, L]: what the terms k of a block add to the lanes."""
-    return fold_rows(tl.where(k < K, x, 1.0 if MUL else 0.0), R, J, L, MUL)
+def block_lanes(
+    X, TIMES, row, times_row, here, k0, K, stride, times_stride, shift, p,
+    OP: tl.constexpr, FROM: tl.constexpr, STEP: tl.constexpr,
+    R: tl.constexpr, J: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """[R, L] fp64: what the block at k0 adds to the lanes: its rows FROM, FROM + STEP, ... of J.
+
+    They are folded by halves, so those furthest apart are joined first. Each is loaded on its own:
+    then a thread holds few of them, and no other thread has to know them. TIMES: what each term is
+    multiplied by.
+    """
+    MUL: tl.constexpr = OP == "prod"
+    if STEP < J:
+        x = block_lanes(
+            X, TIMES, row, times_row, here, k0, K, stride, times_stride, shift, p,
+            OP, FROM, 2 * STEP, R, J, L,
+        )  # fmt: skip
+        y = block_lanes(
+            X, TIMES, row, times_row, here, k0, K, stride, times_stride, shift, p,
+            OP, FROM + STEP, 2 * STEP, R, J, L,
+        )  # fmt: skip
+        x = x * y if MUL else x + y
+    else:
+        k = k0 + FROM * L + tl.arange(0, L)[None, None, :]
+        OTHER: tl.constexpr = float("-inf") if OP == "exp" else 1.0 if MUL else 0.0
+        x = _term(load_terms(X, row, here, k, K, stride, OTHER), shift, p, OP)
+        if OP == "deviation" or OP == "power":
+            x = tl.where(k < K, x, 0.0)
+        if TIMES is not None:
+            x *= load_terms(TIMES, times_row, here, k, K, times_stride, 0.0).to(tl.float64)
+        x = tl.reshape(x, [R, L])
+    return x
 
 
 @triton.jit
@@ -76,13 +104,21 @@ def row_sum(
     OP: tl.constexpr, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """[R] fp64: the sum (OP "prod": the product) of the terms of R rows, in the pinned order."""
+    return row_sum_times(X, None, row, row, here, K, stride, 0, shift, p, OP, R, J, L)
+
+
+@triton.jit
+def row_sum_times(
+    X, TIMES, row, times_row, here, K, stride, times_stride, shift, p,
+    OP: tl.constexpr, R: tl.constexpr, J: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """The same of terms that are each multiplied by one of TIMES."""
     MUL: tl.constexpr = OP == "prod"
     acc = tl.full([R, L], 1.0 if MUL else 0.0, tl.float64)
-    at = positions(J, L)
     for k0 in range(0, K, J * L):
-        k = k0 + at
-        x = _term(load_terms(X, row, here, k, K, stride, 0.0), shift, p, OP)
-        x = _folded(x, k, K, R, J, L, MUL)
+        x = block_lanes(
+            X, TIMES, row, times_row, here, k0, K, stride, times_stride, shift, p, OP, 0, 1, R, J, L
+        )
         acc = acc * x if MUL else acc + x
     return pair_tree(acc, R, L, MUL)
 
@@ -204,9 +240,7 @@ def lanes_kernel(
     TIMES: what each term is multiplied by.
     """
     after_others(PDL)
-    MUL: tl.constexpr = OP == "prod"
     r, row, start, end = part_of(sm, K, blocks, J, L)
-    at = positions(J, L)
     if SHIFT is None:
         shift = 0.0
     elif OP == "exp":
@@ -216,11 +250,8 @@ def lanes_kernel(
         shift = tl.load(SHIFT + r)
     to = OUT + r * tl.cdiv(K, J * L) * L + tl.arange(0, L)[None, :]
     for k0 in range(start, end, J * L):
-        k = k0 + at
-        x = _term(load_terms(X, row, True, k, K, sk, 0.0), shift, p, OP)
-        if TIMES is not None:
-            x *= load_terms(TIMES, r * tm, True, k, K, tk, 0.0).to(tl.float64)
-        tl.store(to + k0 // J, _folded(x, k, K, 1, J, L, MUL))
+        x = block_lanes(X, TIMES, row, r * tm, True, k0, K, sk, tk, shift, p, OP, 0, 1, 1, J, L)
+        tl.store(to + k0 // J, x)
 
 
 @triton.jit

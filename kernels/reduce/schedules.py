@@ -47,13 +47,14 @@ TABLE = (
     Entry("block 4096", 4096, Schedule(1, 1), Schedule(1, 2)),
 )
 
-PARTS = Schedule(1, 4, blocks=1), Schedule(1, 4, blocks=2)
+PARTS = Schedule(1, 2, blocks=1), Schedule(1, 4, blocks=4)
 
-#: Rows of more than one block: few of them leave room for a second warp, which hides latency; very
-#: few leave processors idle, so that their blocks are given to several programs.
-LONG = Entry("blocks", 0, Schedule(1, 2), Schedule(1, 1), PARTS)
-CUT = 8  # rows that are cut into parts, for each of their blocks: more fill a device uncut
-BLOCKS = 256  # so many blocks are a program each, in several rows
+#: Rows of more than one block: few of them leave processors idle, so that their blocks are given to
+#: several programs.
+LONG = Entry("blocks", 0, Schedule(1, 4), Schedule(1, 2), PARTS)
+CUT = 128  # rows that are cut into parts, if there are no more than 4 for each of their blocks
+BLOCKS = 2048  # so many blocks are a program each, in several rows
+SOME = 128  # rows of one block whose exponentials keep a warp busy for longer than a second costs
 
 
 def entry(k: int, block: int) -> Entry:
@@ -67,14 +68,19 @@ def schedule(
     """The schedule for `rows` rows of k terms in blocks of `block` (see `wanted`)."""
     e = entry(k, block)
     return choose(
-        family, e.name, wanted(rows, k, e, crowded, cut), e.single, lambda: e.schedules(cut)
+        family,
+        e.name,
+        wanted(family, rows, k, e, crowded, cut),
+        e.single,
+        lambda: e.schedules(cut),
     )
 
 
-def wanted(rows: int, k: int, e: Entry, crowded: bool, cut: bool) -> Schedule:
+def wanted(family: str, rows: int, k: int, e: Entry, crowded: bool, cut: bool) -> Schedule:
     """What the table says, certified or not.
 
     Args:
+        family: of the kernel.
         rows: how many rows there are.
         k: of how many terms.
         e: their bit class.
@@ -82,9 +88,12 @@ def wanted(rows: int, k: int, e: Entry, crowded: bool, cut: bool) -> Schedule:
         cut: the kernel can have rows in parts.
     """
     blocks = -(-k // BLOCK)
-    if cut and e.parts and rows <= CUT * blocks:
+    if cut and blocks > 2 and rows <= min(CUT, 4 * blocks):
         return e.parts[rows > 1 and rows * blocks >= BLOCKS]
-    apart = crowded if e.block == 4096 else rows > FEW
+    if e.block == 4096:
+        apart = crowded or (family == "softmax" and rows <= SOME)
+    else:
+        apart = rows > FEW and blocks <= 2
     return e.many if apart else e.single
 
 

@@ -10,10 +10,8 @@ from bicompile.kernels.common.trees import (
     block_max,
     block_sum,
     exp,
-    fold_rows,
     load_terms,
     log,
-    pair_tree,
     positions,
     strides,
 )
@@ -29,6 +27,7 @@ from bicompile.kernels.reduce.gpu import (
     row_extreme,
     row_schedule,
     row_sum,
+    row_sum_times,
     rows_of,
     top_of,
 )
@@ -170,13 +169,8 @@ def softmax_backward_kernel(
     after_others(PDL)
     r, _, g_row, there = rows_of(M, gm, R)
     y_row = (r * ym)[:, None, None]
-    at = positions(J, L)
-    acc = tl.zeros([R, L], tl.float64)
-    for k0 in range(0, K, J * L):
-        g = load_terms(G, g_row, there, k0 + at, K, gk, 0.0).to(tl.float64)
-        g = g * load_terms(Y, y_row, there, k0 + at, K, yk, 0.0).to(tl.float64)
-        acc += fold_rows(g, R, J, L)
-    total = pair_tree(acc, R, L).to(tl.float32)[:, None, None]
+    total = row_sum_times(G, Y, g_row, y_row, there, K, gk, yk, 0.0, 0.0, "sum", R, J, L)
+    total = total.to(tl.float32)[:, None, None]
     out = OUT + (r * K)[:, None, None]
     _graded(G, Y, out, g_row, y_row, there, 0, K, K, gk, yk, total, J, L)
 

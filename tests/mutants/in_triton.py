@@ -23,9 +23,9 @@ MUTANTS = (
     Mutant(
         "a sum without a mask",
         "kernels/reduce/gpu.py",
-        "return fold_rows(tl.where(k < K, x, 1.0 if MUL else 0.0), R, J, L, MUL)",
-        "return fold_rows(x, R, J, L, MUL)",
-        "elements behind the end of a row enter variances and products",
+        "            x = tl.where(k < K, x, 0.0)\n",
+        "            pass\n",
+        "places behind the end of a row enter variances",
         ROWS,
     ),
     Mutant(
