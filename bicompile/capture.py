@@ -230,7 +230,11 @@ def _by_parts(op: Any) -> Callable[..., Any]:
     """An op opened before gradients are recorded, so that these are the gradients of its parts."""
 
     def opened(*args: Any, **kwargs: Any) -> Any:
-        return decomposition_table()[op](*args, **kwargs)
+        found = decomposition_table()[op](*args, **kwargs)
+        if found is NotImplemented:
+            with _instead(op, None):
+                found = op(*args, **kwargs)
+        return found
 
     return opened
 
@@ -244,6 +248,7 @@ _PARTS = (
     aten.replication_pad1d.default,
     aten.replication_pad2d.default,
     aten.replication_pad3d.default,
+    aten.upsample_bicubic2d.vec,
 )
 
 _WHOLE: dict[Any, Callable[..., Any]] = {

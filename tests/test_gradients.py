@@ -116,7 +116,9 @@ def check_errors(gradients):
     of the gradients of rows nor of those of weights.
     """
     eager, errors = Gradients(gradients.subject, eagerly, gradients.device, gradients.dtype), []
-    batches = 16 if gradients.device == "cuda" else 4  # there PyTorch's own errors vary more
+    batches = 4
+    if gradients.device == "cuda":  # PyTorch's own errors vary more there, and more in half types
+        batches = 16 if gradients.dtype == torch.float32 else 64
     for seed in range(batches):
         problem = gradients.problem(24, seed)
         true = exactly(gradients.subject, *problem)

@@ -32,8 +32,9 @@ def _convolution(
         rank, stride, padding, dilation, output_padding
     )
     groups = constant(groups)
-    for taps in value(weight).shape[2:]:  # sizes of the result without symbols in their products
-        int(taps)
+    # Channels are the weight's, and sizes of the result have no symbols in their products.
+    for size_of_the_weight in (value(input).shape[1], *value(weight).shape[2:]):
+        int(size_of_the_weight)
     return emit(
         KERNELS["convolution"].op,
         *(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups),
