@@ -130,3 +130,18 @@ def test_an_order_that_depends_on_the_batch_is_caught(monkeypatch):
     monkeypatch.setattr(capture, "decomposition_table", lambda: table)
     with pytest.raises(testing.InvarianceViolation):
         check_rows([IMAGES["avg_pool2d"]], sample("avg_pool2d", torch.float32))
+
+
+@pytest.mark.parametrize("how", [{"size": (13, 7)}, {"scale_factor": 1.7}])
+def test_places_of_a_bicubic_interpolation_are_exact(how):
+    """Its factors follow from sizes alone, whose errors would be larger than those of products."""
+    t = x(3, 2, 9, 11)
+    resized = functools.partial(F.interpolate, mode="bicubic", **how)
+    exact = resized(t.double())
+    run = torch.compile(resized, backend="batch_invariant")
+    ours, theirs = ((f(t).double() - exact).square().mean().sqrt() for f in (run, resized))
+    assert ours <= 0.5 * theirs
+    torch.testing.assert_close(run(t.double()), exact)
+    torch._dynamo.reset()
+    varying = torch.compile(resized, backend="batch_invariant", dynamic=True)
+    testing.assert_same_bits(varying(t), run(t), "dynamic")
