@@ -8,10 +8,7 @@ import torch.nn.functional as F
 from bicompile.contract import Case, Contract
 from bicompile.registry import Kernel, register
 
-ORDER = (
-    "one chain over K in pinned steps (CPU: 16 interleaved lanes and a fixed tree; GPU: of float32 "
-    "in float64 where that is fast); never split"
-)
+ORDER = "one chain over K in pinned steps (CPU: 16 interleaved lanes and a fixed tree); never split"
 
 
 def mm_reference(self, mat2, tf32=False):
