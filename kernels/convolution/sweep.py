@@ -11,15 +11,9 @@ from bicompile.kernels.common.launch import capability
 from bicompile.kernels.convolution import gpu
 from bicompile.kernels.convolution.schedules import SINGLE, schedules
 from bicompile.kernels.matmul.schedules import kinds
+from bicompile.kernels.matmul.sweep import DTYPES
 from bicompile.sweep import VALUES, BitClass, Depth, Problem
 
-#: kind -> dtypes, the first where little is tried.
-DTYPES = {
-    "half": (torch.bfloat16, torch.float16),
-    "tf32": (torch.float32,),
-    "double": (torch.float32,),
-    "ieee": (torch.float32,),
-}
 ROWS = ((0, 1), (1, 3))
 LAYOUTS = ("misaligned", "rotated strides", "every second element")
 
