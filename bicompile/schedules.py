@@ -22,7 +22,6 @@ from bicompile import certificate
 from bicompile.graph import hint, value
 from bicompile.kernels.attention import schedules as attention_table
 from bicompile.kernels.matmul import schedules as matmul_table
-from bicompile.kernels.reduce import schedules as rows_table
 from bicompile.kernels.rope import schedules as rope_table
 from bicompile.registry import OPS
 
@@ -123,6 +122,8 @@ def _rope_cuda(name: str, args: Sequence[Any]) -> Choice:
 
 
 def _rows_cuda(family: str, name: str, args: Sequence[Any]) -> Choice:
+    from bicompile.kernels.reduce import schedules as rows_table  # needs Triton
+
     x = args[0]
     sizes = [hint(s) for s in x.shape]
     total, k = math.prod(sizes), _reduced(name, sizes, args)
