@@ -60,3 +60,12 @@ def test_the_name_works_without_an_import():
 def test_importing_the_package_costs_nothing():
     code = "import sys, bicompile; assert 'torch' not in sys.modules; print(bicompile.__version__)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_triton(tmp_path):
+    """PyTorch for CPUs alone comes without it."""
+    (tmp_path / "triton.py").write_text("raise ModuleNotFoundError('no Triton here')")
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import bicompile.cli, bicompile.explainer"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
