@@ -176,6 +176,22 @@ def test_what_pytorch_has_not_on_a_device_is_no_failure():
         ops.check("an operation of a later release", "float32", 0)
 
 
+def test_what_pytorch_cannot_trace_is_no_failure(monkeypatch):
+    """A failure of ours alone is one."""
+    found = checks.check(lambda x: torch.view_copy(x, (35,)), [torch.randn(5, 7)])
+    assert "alignment" in found
+    assert "strides" not in found
+
+    def fails(*_):
+        raise ValueError("ours")
+
+    monkeypatch.setattr(checks, "_compiled", lambda *_, **__: fails)
+    with pytest.raises(ValueError, match="ours"):
+        checks.check(rows, [torch.randn(5, 7)])
+    with pytest.raises(checks.NotThere, match="PyTorch cannot trace it: ValueError: ours"):
+        checks.check(lambda x: x if x.sum() > 0 else -x, [torch.randn(5, 7)])
+
+
 def test_the_cause_is_told_where_a_backend_failed():
     told = RuntimeError("BackendCompilerFailed: backend='ours' raised:\nValueError: the cause\n")
     assert first_line(told) == "RuntimeError: ValueError: the cause"

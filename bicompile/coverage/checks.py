@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,6 @@ def check(
     tensors: Tensors,
     *,
     value: bool = True,
-    layouts: bool = True,
     device: str = "cpu",
 ) -> list[str]:
     """Compile a function and compare its bits with those of other ways to run it.
@@ -40,7 +40,6 @@ def check(
         function: of tensors; it returns tensors in any nest.
         tensors: its inputs; each run gets copies.
         value: whether the values mean anything, as those of torch.empty do not.
-        layouts: whether PyTorch itself can compile it for inputs in other layouts.
         device: where the compiled code and eager PyTorch run; inputs and results stay on the CPU.
 
     Returns:
@@ -49,12 +48,12 @@ def check(
     Raises:
         InvarianceViolation: two runs that must agree bit for bit do not.
         AssertionError: the values are not those of eager PyTorch.
-        NotThere: eager PyTorch does not run it on this device.
+        NotThere: PyTorch itself does not run it on this device, or cannot capture it.
     """
     with torch.no_grad():
         eager = _eagerly(function, copies(tensors), device) if value else None
         run = _compiled(function, device)
-        expected = run(*copies(tensors))
+        expected = _captured(run, function, copies(tensors), device)
         if not value:
             return []
         assert_right(function, tensors, expected, eager)
@@ -63,8 +62,10 @@ def check(
             same(run(*copies(tensors)), expected, "2 threads")
         done = ["value", "run", "threads"]
         for layout, what in (("misaligned", "alignment"), ("reversed strides", "strides")):
-            if layouts and (given := _arranged(function, tensors, layout)) is not None:
-                same(run(*given), expected, layout)
+            if (given := _arranged(function, tensors, layout)) is None:
+                continue
+            with suppress(NotThere):
+                same(_captured(run, function, given, device), expected, layout)
                 done.append(what)
         rows = find_rows(function, tensors)
         if rows is not None:
@@ -72,30 +73,44 @@ def check(
             done += ["batch size", "position", "neighbours"]
         if any(t.dim() for t in tensors):
             run = _compiled(function, device, dynamic=True)
-            try:
-                found = run(*copies(tensors))
-            except Exception:
-                if pytorch_fails(function, tensors, dynamic=True):
-                    return done
-                raise
-            same(found, expected, "dynamic shapes")
-            if rows is not None:
-                _check_some(run, tensors, rows, _some(rows.size), parts(expected))
-            done.append("dynamic shapes")
+            with suppress(NotThere):
+                found = _captured(run, function, copies(tensors), device, dynamic=True)
+                same(found, expected, "dynamic shapes")
+                if rows is not None:
+                    _check_some(run, tensors, rows, _some(rows.size), parts(expected))
+                done.append("dynamic shapes")
     return done
 
 
-def pytorch_fails(function: Function, tensors: Tensors, *, dynamic: bool = False) -> bool:
+def pytorch_fails(
+    function: Function, tensors: Tensors, device: str = "cpu", *, dynamic: bool = False
+) -> bool:
     """Whether the same capture fails without us."""
     torch.compiler.reset()
     backend = "aot_eager_decomp_partition"
     run = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
     try:
         with torch.no_grad():
-            run(*copies(tensors))
+            run(*(moved(t, device) for t in copies(tensors)))
     except Exception:
         return True
     return False
+
+
+def _captured(
+    run: Function, function: Function, tensors: Tensors, device: str, *, dynamic: bool = False
+) -> Any:
+    """What the compiled function returns.
+
+    Raises:
+        NotThere: it fails, and so does PyTorch's own capture.
+    """
+    try:
+        return run(*tensors)
+    except Exception as error:
+        if pytorch_fails(function, tensors, device, dynamic=dynamic):
+            raise NotThere(f"PyTorch cannot trace it: {first_line(error)}") from error
+        raise
 
 
 def _compiled(function: Function, device: str, dynamic: bool = False) -> Function:
