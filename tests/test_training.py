@@ -153,7 +153,7 @@ def digests(step):
 class Errors:
     """Root mean square errors against float64, for each tensor of a step, over many batches."""
 
-    def __init__(self, case, device="cpu", batches=6):
+    def __init__(self, case, device="cpu", batches=20):
         ours, eager = trained(case, device), trained(case, device, compile=eagerly)
         true = Trained(ours.name, torch.float64, device=device, compile=eagerly)
         true.model.load_state_dict(ours.model.state_dict())  # the same weights, rounded
