@@ -2,8 +2,8 @@
 
 On a GPU the tables are those of the families (``kernels/<family>/schedules.py``); the launcher
 looks the rows up at run time, so a symbolic size is shown by its example, and operands are taken to
-be aligned.  On the CPU the C++
-kernels choose by the same few numbers that stand here; a test holds them against the source.
+be aligned.  On the CPU the C++ kernels choose by the same few numbers that stand here; a test holds
+them against the source.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from bicompile.registry import OPS
 BLOCK = 4096
 """Largest block of a row kernel on a GPU (kernels/common/trees.py)."""
 
+Arguments = Mapping[str, Any]
+"""The arguments of an op by name, in order."""
+
 FEW_ROWS = 64
 """Below so many rows the CPU's matmul walks a transposed factor row by row (rows.h)."""
 
@@ -47,10 +50,12 @@ def choose(node: Node) -> Choice | None:
     """The schedules of a call of ours; None for any other node."""
     if getattr(node.target, "namespace", "") != "bicompile":
         return None
-    name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+    schema = node.target._schema  # type: ignore[union-attr]
+    name = schema.name.split("::")[1]
     device = value(node.args[0]).device.type
     function = _FUNCTIONS.get((OPS[name].family, device)) if name != "visible_range" else None
-    return function(name, [value(a) for a in node.args]) if function else _ONE
+    named = zip((a.name for a in schema.arguments), map(value, node.args), strict=False)
+    return function(name, dict(named)) if function else _ONE
 
 
 _ONE = Choice("one loop over the rows", ("one loop over the rows",))
@@ -64,12 +69,13 @@ def _choice(chosen: Any, allowed: Sequence[Any]) -> Choice:
     return Choice(_text(chosen), tuple(dict.fromkeys(map(_text, (chosen, *allowed)))))
 
 
-def _factors(name: str, args: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor, bool]:
+def _factors(name: str, args: Arguments) -> tuple[torch.Tensor, torch.Tensor, bool]:
     first = 1 if name in ("addmm", "baddbmm") else 0
-    return args[first], args[first + 1], bool(args[-1])
+    left, right, *_ = [*args.values()][first:]
+    return left, right, bool([*args.values()][-1])
 
 
-def _matmul_cpu(name: str, args: Sequence[Any]) -> Choice:
+def _matmul_cpu(name: str, args: Arguments) -> Choice:
     left, right, _ = _factors(name, args)
     rows = hint(left.shape[-2])
     along_k = hint(right.shape[-2]) <= 1 or hint(right.stride(-2)) == 1
@@ -91,12 +97,12 @@ def _capability() -> str:
     return ".".join(map(str, torch.cuda.get_device_capability())) if here else "9.0"
 
 
-def _matmul_cuda(name: str, args: Sequence[Any]) -> Choice:
+def _matmul_cuda(name: str, args: Arguments) -> Choice:
     left, right, tf32 = _factors(name, args)
     kind = matmul_table.kind_of(left.dtype, tf32, _capability())
     kind += " pair" if name == "swiglu" else ""
     *_, rows, terms = (hint(n) for n in left.shape)
-    weights = args[1:4] if name == "qkv_proj" else [right]
+    weights = [*args.values()][1:4] if name == "qkv_proj" else [right]
     columns = sum(hint(w.shape[-1]) for w in weights)
     blocks = left.dim() == 2 and name != "qkv_proj" and columns % 8 == terms % 8 == 0
     wanted = matmul_table.wanted(kind, _capability(), rows, columns, terms, blocks)
@@ -104,8 +110,8 @@ def _matmul_cuda(name: str, args: Sequence[Any]) -> Choice:
     return _choice(chosen, matmul_table.schedules(kind, _capability()))
 
 
-def _attention_cuda(name: str, args: Sequence[Any]) -> Choice:
-    query, key, val = args[:3]
+def _attention_cuda(name: str, args: Arguments) -> Choice:
+    query, key, val = [*args.values()][:3]
     head = max(16, *(1 << (hint(t.shape[3]) - 1).bit_length() for t in (query, val)))
     rows = hint(query.shape[2]) * (hint(query.shape[1]) // hint(key.shape[1]))
     at = attention_table.key(query.element_size(), head)
@@ -115,18 +121,18 @@ def _attention_cuda(name: str, args: Sequence[Any]) -> Choice:
     return _choice(chosen, attention_table.schedules(at, _capability()))
 
 
-def _rope_cuda(name: str, args: Sequence[Any]) -> Choice:
-    tokens = hint(args[0].shape[0]) * hint(args[0].shape[1])
+def _rope_cuda(name: str, args: Arguments) -> Choice:
+    first = next(iter(args.values()))
+    tokens = hint(first.shape[0]) * hint(first.shape[1])
     chosen = _served("rope", "heads", rope_table.wanted(tokens), rope_table.SINGLE)
     return _choice(chosen, rope_table.TABLE)
 
 
-def _rows_cuda(family: str, name: str, args: Sequence[Any]) -> Choice:
+def _rows_cuda(family: str, name: str, args: Arguments) -> Choice:
     from bicompile.kernels.reduce import schedules as rows_table  # needs Triton
 
-    x = args[0]
-    sizes = [hint(s) for s in x.shape]
-    total, k = math.prod(sizes), _reduced(name, sizes, args)
+    sizes = [hint(s) for s in next(iter(args.values())).shape]
+    total, k = math.prod(sizes), _reduced(sizes, args)
     rows = total // k if k else 0
     entry = rows_table.entry(k, min(1 << (max(k, 1) - 1).bit_length(), BLOCK))
     crowded = name in ("layer_norm", "group_norm", "layer_norm_backward", "group_norm_backward")
@@ -136,18 +142,17 @@ def _rows_cuda(family: str, name: str, args: Sequence[Any]) -> Choice:
     return _choice(chosen, entry.schedules(cut))
 
 
-def _reduced(name: str, sizes: Sequence[int], args: Sequence[Any]) -> int:
+def _reduced(sizes: Sequence[int], args: Arguments) -> int:
     """How many terms one output has."""
-    if name in ("layer_norm", "rms_norm"):
-        return math.prod(sizes[len(sizes) - args[1] :])
-    if name == "group_norm":
-        return math.prod(sizes[1:]) // hint(args[3])
-    dims = args[2 if name == "norm" else 1]
-    dims = [dims] if isinstance(dims, int) else dims
+    if "normalized_ndim" in args:
+        return math.prod(sizes[len(sizes) - args["normalized_ndim"] :])
+    if "groups" in args:
+        return math.prod(sizes[1:]) // hint(args["groups"])
+    dims = [args["dim"]] if isinstance(args["dim"], int) else args["dim"]
     return math.prod(sizes[d] for d in dims) if sizes else 1
 
 
-_FUNCTIONS: Mapping[tuple[str, str], Callable[[str, Sequence[Any]], Choice]] = {
+_FUNCTIONS: Mapping[tuple[str, str], Callable[[str, Arguments], Choice]] = {
     ("matmul", "cpu"): _matmul_cpu,
     ("matmul", "cuda"): _matmul_cuda,
     ("attention", "cuda"): _attention_cuda,

@@ -22,6 +22,7 @@ from bicompile import (
     schedules,
 )
 from bicompile.pipeline import Run
+from bicompile.registry import load_all
 from bicompile.report import Verdict
 
 X = torch.randn(4, 8)
@@ -343,6 +344,22 @@ def test_gpu_schedules_of_every_family():
         "bicompile.layer_norm.default": "rows 16, warps 1",
         "bicompile.norm.default": "rows 16, warps 1",
     }
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, op in load_all().items() if op.family in ("reduce", "softmax", "norm")]
+)
+def test_gpu_schedules_of_rows(name):
+    """Every op over rows says how many terms a row has, whatever the order of its arguments."""
+    by_type = {"Tensor": torch.empty(4, 6, 8, device="meta"), "List[int]": [1, 2]}
+    by_name = {"dim": 1, "normalized_ndim": 2, "groups": 2}
+    args = {
+        a.name: by_type.get(str(a.type), by_name.get(a.name))
+        for a in getattr(torch.ops.bicompile, name).default._schema.arguments
+    }
+    terms = 24 if "groups" in args else 6 if args.get("dim") == 1 else 48
+    assert schedules._reduced([4, 6, 8], args) == terms
+    assert schedules._rows_cuda(load_all()[name].family, name, args).chosen
 
 
 def test_input_names():
