@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils._pytree import tree_leaves
 
-from bicompile import backend, capture
+from bicompile import backend, capture, inductor
 from bicompile.errors import UnsafeSetting
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -49,6 +49,7 @@ def compile(
         ...     bool((model(x)[2:3] == model(x[2:3])).all())
         True
     """
+    inductor.load()
     forward = model.forward if isinstance(model, torch.nn.Module) else model
     breaks = dict(options or {}).get("graph_breaks") == "allow"
     compiled = torch.compile(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -333,6 +334,11 @@ def _round_every_op(gm: torch.fx.GraphModule) -> None:
         values = (n.meta.get("val") for n in (node, *node.all_input_nodes))
         if any(getattr(v, "dtype", None) in halves for v in values):
             node.meta["low_precision_pointwise_barrier"] = True
+
+
+def load() -> None:
+    """Import the compiler, as torch.compile does for its own backend where it wraps a function."""
+    importlib.import_module("torch._inductor.compile_fx")
 
 
 def compile_inner(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
