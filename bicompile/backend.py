@@ -21,6 +21,7 @@ from bicompile.options import Options
 from bicompile.passes.drop_whole_slices import drop_whole_slices
 from bicompile.passes.read_halves import read_halves
 from bicompile.passes.repeat_kv import undo_repeat_kv_of_gradients
+from bicompile.passes.wide_statistics import wide_statistics
 from bicompile.pipeline import OPTIONAL, Run, run_pipeline
 from bicompile.registry import KERNELS, OTHERS
 from bicompile.report import REPORTS, Report, digest
@@ -65,6 +66,7 @@ Finish = Callable[..., Any]
 def _over_both(graph: Graph) -> None:
     """The passes over forward and backward together."""
     drop_whole_slices(graph)
+    wide_statistics(graph)
     read_halves(graph)
     undo_repeat_kv_of_gradients(graph)
 

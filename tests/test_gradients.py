@@ -18,7 +18,7 @@ import torch
 from backward import Compiled
 from gradient_subjects import SUBJECTS
 
-from bicompile import capture, certificate, decompositions, testing
+from bicompile import backend, capture, certificate, decompositions, testing
 from bicompile.passes.rules import RULES, gradients
 from bicompile.passes.rules.common import KERNELS, Rule
 
@@ -277,3 +277,36 @@ def test_another_function_is_caught(monkeypatch):
     monkeypatch.setattr(gradients, "normalised", lambda e, x, mean, rstd: found(e, x, None, rstd))
     with pytest.raises(AssertionError):
         check_errors(Gradients(SUBJECTS["layer_norm"]))
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "group_norm"])
+def test_statistics_of_a_norm_stay_wide(norm, monkeypatch):
+    """Under autocast, where the weight is float32, PyTorch's graphs round them and its kernels not.
+
+    Its own compiler has this error, too.
+    """
+
+    def function(x, weight):
+        if norm == "layer_norm":
+            return torch.nn.functional.layer_norm(x, weight.shape, weight)
+        return torch.nn.functional.group_norm(x, 4, weight)
+
+    def errors(width):
+        x, w, g = (normal(s, torch.float32, i) for i, s in enumerate([(300, width), (width,), ()]))
+        x, g = (3 + x).bfloat16(), normal((300, width), torch.bfloat16, 3)
+
+        def gradient(run, x):
+            x = x.clone().requires_grad_()
+            run(x, w.to(torch.promote_types(x.dtype, w.dtype))).backward(g.to(x.dtype))
+            return x.grad.double()
+
+        exact = gradient(function, x.double())
+        runs = by_inductor(function), function
+        return [(gradient(run, x) - exact).square().mean().sqrt() for run in runs]
+
+    ours, eager = errors(64)
+    assert ours <= 1.01 * eager
+    monkeypatch.setattr(backend, "wide_statistics", lambda graph: None)
+    torch._dynamo.reset()
+    ours, eager = errors(72)
+    assert ours > 1.01 * eager
