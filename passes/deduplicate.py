@@ -194,11 +194,22 @@ def _is_view(node: Node) -> bool:
 
 
 def _may_be_called(region: _Region) -> bool:
-    """A subgraph returns tensors; none of them may become a part of a wider one (cat)."""
+    """A subgraph takes tensors and sizes, and returns tensors, no parts of wider ones (cat)."""
+    taken = [n.meta.get("val") for n in _inputs(region.nodes)]
+    takes = all(isinstance(v, (torch.Tensor, int, torch.SymInt)) for v in taken)
     tensors = all(isinstance(n.meta["val"], torch.Tensor) for n in region.outputs)
     parts = any(u.target is aten.cat.default for n in region.outputs for u in n.users)
-    known = all("val" in n.meta for n in _inputs(region.nodes))
-    return bool(region.outputs) and known and tensors and not parts
+    return bool(region.outputs) and takes and _knows_its_sizes(taken) and tensors and not parts
+
+
+def _knows_its_sizes(taken: Sequence[object]) -> bool:
+    """Whether what varies in a size that is computed, as 2 * n, is a size itself, n."""
+    sizes: list[object] = []
+    for v in taken:
+        sizes += [*v.shape, *v.stride()] if isinstance(v, torch.Tensor) else [v]
+    computed = [n.node.expr for n in sizes if isinstance(n, torch.SymInt)]
+    known = {e for e in computed if e.is_Symbol}
+    return all(e.free_symbols <= known for e in computed)
 
 
 def _subgraph(gm: GraphModule, regions: Sequence[_Region]) -> GraphModule:

@@ -109,7 +109,9 @@ def test_layers_of_other_sizes_are_left_alone():
             h = ((h @ up).softmax(-1) @ down).sigmoid().exp().sqrt()
         return h
 
-    gm, _, _, _ = rewrite(chain, x(5, 8), *(x(*s) for w in (2, 3, 4, 5) for s in ((8, w), (w, 8))))
+    gm, _, _, _ = rewrite(
+        chain, torch.ones(5, 8), *(x(*s) for w in (2, 3, 4, 5) for s in ((8, w), (w, 8)))
+    )
     assert count(gm, INVOKE) == 0
 
 
@@ -167,6 +169,23 @@ def test_a_part_of_a_wider_tensor_is_not_returned():
     testing.assert_same_bits(compiled(chain, *args), plain, "parts")
     gm, _, _, _ = rewrite(chain, *args)
     assert count(gm, INVOKE) == 0
+
+
+@pytest.mark.parametrize("sizes", [lambda n: (n / 7, 8), lambda n: (2.0, 2 * n + 1)])
+def test_layers_that_read_computed_sizes_are_left_alone(sizes):
+    """A subgraph takes no quotient of sizes, and no tensor whose size is 2 n + 1 without n."""
+
+    def program(t):
+        factor, size = sizes(t.shape[0])
+        t = t.sum() + torch.arange(size, device=t.device)
+        for _ in range(4):
+            t = torch.tanh(t.sin() * factor + 1).cos().exp().sigmoid().abs().neg().square().sqrt()
+        return t
+
+    torch._dynamo.reset()
+    run = torch.compile(program, backend="batch_invariant", dynamic=True)
+    with torch.no_grad():
+        torch.testing.assert_close(run(torch.ones(5, 8)), program(torch.ones(5, 8)))
 
 
 def test_training_graphs_are_left_alone():
