@@ -24,7 +24,7 @@ from torch._dynamo.exc import Unsupported as Unsupported
 from torch._guards import CompileContext
 from torch.fx import GraphModule
 
-from bicompile import decompositions, flex, graph
+from bicompile import decompositions, flex, graph, interpolation
 from bicompile.attention_parts import attention
 from bicompile.contract import HALF_AND_FLOAT
 from bicompile.errors import (
@@ -248,7 +248,7 @@ _PARTS = (
     aten.replication_pad1d.default,
     aten.replication_pad2d.default,
     aten.replication_pad3d.default,
-    aten.upsample_bicubic2d.vec,
+    *interpolation.TABLE,
 )
 
 _WHOLE: dict[Any, Callable[..., Any]] = {

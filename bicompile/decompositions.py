@@ -2,8 +2,8 @@
 
 The end of `F.fold`, for example, is a sum of images in which each tap of the windows lies where it
 belongs; a distance is a norm of differences; the most frequent element is the end of the longest
-run of a sorted row.  Half types are added in float32 and rounded once.  Pooling, recurrent cells
-and log_softmax have files of their own.
+run of a sorted row.  Half types are added in float32 and rounded once.  Pooling, interpolation,
+recurrent cells and log_softmax have files of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bicompile import log_softmax, pooling, recurrent
+from bicompile import interpolation, log_softmax, pooling, recurrent
 from bicompile.pooling import apart, wide
 
 aten = torch.ops.aten
@@ -145,64 +145,6 @@ def mode(x: Tensor, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tenso
     return found if keepdim else (found[0].squeeze(dim), found[1].squeeze(dim))
 
 
-def upsample_bicubic2d(
-    x: Tensor,
-    output_size: Sequence[int] | None,
-    align_corners: bool,
-    scale_factors: Sequence[float] | None = None,
-) -> Any:
-    """`F.interpolate(mode="bicubic")`: four neighbours along each axis, times their factors.
-
-    Which they are and their factors follow from the sizes alone. They are computed in float64: an
-    index in float32 has an error of its own size, which is larger than that of all the products.
-    """
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return NotImplemented
-
-    def axis(dim: int) -> list[tuple[Tensor, Tensor]]:
-        n, scale = x.shape[dim], scale_factors[dim] if scale_factors else None
-        if output_size:
-            out = output_size[dim]
-        else:
-            assert scale is not None  # one of the two is given
-            out = n * int(scale) if scale == int(scale) else torch.sym_int(n * scale)
-        at = torch.arange(out, device=x.device).to(torch.float64)
-        if align_corners:
-            at = at * ((n - 1) / (out - 1) if out > 1 else 0.0)
-        else:
-            at = (at + 0.5) * (1 / scale if scale else n / out) - 0.5
-        first = at.floor()
-        t = at - first
-        factors = _cubic_outside(t + 1), _cubic_inside(t), _cubic_inside(1 - t)
-        places = (first.long() + i for i in (-1, 0, 1, 2))
-        return [
-            (place.clamp(0, n - 1), factor.float())
-            for place, factor in zip(places, (*factors, _cubic_outside(2 - t)), strict=True)
-        ]
-
-    columns = axis(-1)
-    rows = [(at[:, None], factor[:, None]) for at, factor in axis(-2)]
-    image = wide(x)
-    total = sum(
-        factor * sum(f * aten._unsafe_index(image, [None, None, row, at]) for at, f in columns)
-        for row, factor in rows
-    )
-    return total.to(x.dtype)
-
-
-_CUBIC = -0.75  # the parameter of the cubic convolution
-
-
-def _cubic_inside(t: Tensor) -> Tensor:
-    """The factor of a neighbour at a distance of up to 1."""
-    return ((_CUBIC + 2) * t - (_CUBIC + 3)) * t * t + 1
-
-
-def _cubic_outside(t: Tensor) -> Tensor:
-    """The factor of a neighbour at a distance of 1 to 2."""
-    return ((_CUBIC * t - 5 * _CUBIC) * t + 8 * _CUBIC) * t - 4 * _CUBIC
-
-
 def power(self: torch.Tensor, exponent: Any) -> Any:
     """`x ** n` with n as it is: Inductor multiplies only where it knows a whole number."""
     if isinstance(exponent, torch.SymInt):
@@ -214,6 +156,7 @@ TABLE: Mapping[torch._ops.OpOverload, Callable[..., Any]] = {
     **pooling.TABLE,
     **recurrent.TABLE,
     **log_softmax.TABLE,
+    **interpolation.TABLE,
     aten.col2im.default: col2im,
     aten._trilinear.default: trilinear,
     aten._cdist_forward.default: cdist,
@@ -223,6 +166,5 @@ TABLE: Mapping[torch._ops.OpOverload, Callable[..., Any]] = {
     aten.nanmedian.dim: nanmedian,
     aten.nanmedian.default: nanmedian_of_all,
     aten.mode.default: mode,
-    aten.upsample_bicubic2d.vec: upsample_bicubic2d,
     aten.pow.Tensor_Scalar: power,
 }

@@ -26,13 +26,13 @@ ALLOWED: dict[str, tuple[str, frozenset[str]]] = {
         "an output element reads one element of each input",
         frozenset(
             """
-            abs acos acosh add addcdiv addcmul angle asin asinh atan atan2 atanh bitwise_and
-            bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil clamp
-            clamp_max clamp_min complex copysign cos cosh deg2rad digamma div elu eq erf erfc
-            erfinv exp exp2 expm1 fill floor floor_divide fma fmax fmin fmod frac frexp gcd ge gelu
-            gt hardsigmoid hardswish hardtanh heaviside hypot i0 i0e i1 i1e igamma igammac
-            imag isinf isnan isneginf isposinf ldexp le leaky_relu lerp lgamma log log10 log1p
-            log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit lt
+            __lshift__ __rshift__ abs acos acosh add addcdiv addcmul angle asin asinh atan atan2
+            atanh bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift
+            bitwise_xor ceil clamp clamp_max clamp_min complex copysign cos cosh deg2rad digamma div
+            elu eq erf erfc erfinv exp exp2 expm1 fill floor floor_divide fma fmax fmin fmod frac
+            frexp gcd ge gelu gt hardsigmoid hardswish hardtanh heaviside hypot i0 i0e i1 i1e igamma
+            igammac imag isinf isnan isneginf isposinf ldexp le leaky_relu lerp lgamma log log10
+            log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit lt
             masked_fill maximum minimum mish mul nan_to_num ne neg nextafter polar polygamma pow
             rad2deg real reciprocal relu relu6 remainder round rsqrt rsub selu sgn sigmoid sign
             signbit silu sin sinc sinh softplus special_bessel_j0 special_bessel_j1 special_erfcx

@@ -383,6 +383,12 @@ SUBJECTS = {
     "interpolate, bicubic": Subject(
         INDEX_ADD, lambda x: F.interpolate(x, (13, 7), mode="bicubic"), IMAGE
     ),
+    "interpolate, antialias": Subject(
+        "sum -> index_add",
+        lambda x: F.interpolate(x, (3, 7), mode="bicubic", antialias=True),
+        IMAGE,
+        half=False,
+    ),
     "interpolate, trilinear": Subject(
         INDEX_ADD, lambda x: F.interpolate(x, (7, 8, 9), mode="trilinear"), SOLID
     ),

@@ -132,16 +132,46 @@ def test_an_order_that_depends_on_the_batch_is_caught(monkeypatch):
         check_rows([IMAGES["avg_pool2d"]], sample("avg_pool2d", torch.float32))
 
 
-@pytest.mark.parametrize("how", [{"size": (13, 7)}, {"scale_factor": 1.7}])
-def test_places_of_a_bicubic_interpolation_are_exact(how):
+def to(*, small=False, **how):
+    """Arguments of F.interpolate for [.., 9, 11]."""
+    return {"size": (2, 7) if small else (13, 7), "mode": "bicubic", **how}
+
+
+INTERPOLATIONS = {
+    "bicubic": to(),
+    "bicubic, scale": to(size=None, scale_factor=1.7),
+    "antialias": to(antialias=True, small=True),
+    "antialias, linear": to(antialias=True, mode="bilinear"),
+    "antialias, scale": to(antialias=True, size=None, scale_factor=0.45),
+    "antialias, corners": to(antialias=True, mode="bilinear", align_corners=True),
+}
+if hasattr(torch.ops.aten, "_upsample_lanczos2d_aa"):  # since PyTorch 2.13
+    INTERPOLATIONS["antialias, lanczos"] = to(antialias=True, mode="lanczos", small=True)
+
+
+@pytest.mark.parametrize("name", INTERPOLATIONS)
+def test_places_of_an_interpolation_are_exact(name):
     """Its factors follow from sizes alone, whose errors would be larger than those of products."""
     t = x(3, 2, 9, 11)
-    resized = functools.partial(F.interpolate, mode="bicubic", **how)
+    resized = functools.partial(F.interpolate, **INTERPOLATIONS[name])
     exact = resized(t.double())
     run = torch.compile(resized, backend="batch_invariant")
     ours, theirs = ((f(t).double() - exact).square().mean().sqrt() for f in (run, resized))
     assert ours <= 0.5 * theirs
-    torch.testing.assert_close(run(t.double()), exact)
+    if "antialias" not in name:
+        torch.testing.assert_close(run(t.double()), exact)
+    testing.assert_same_bits(run(t[1:2]), run(t)[1:2], "one image")
     torch._dynamo.reset()
     varying = torch.compile(resized, backend="batch_invariant", dynamic=True)
     testing.assert_same_bits(varying(t), run(t), "dynamic")
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_an_image_of_bytes(mode):
+    """PyTorch computes it in whole numbers, and shifts them."""
+    image = (255 * torch.rand(3, 2, 9, 11)).to(torch.uint8)
+    resized = functools.partial(F.interpolate, size=(13, 7), mode=mode)
+    run = torch.compile(resized, backend="batch_invariant")
+    found = run(image)
+    assert (found.int() - resized(image).int()).abs().max() <= 1
+    testing.assert_same_bits(run(image[1:2]), found[1:2], "one image")
