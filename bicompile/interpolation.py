@@ -16,6 +16,7 @@ ours.  Half types are added in float32 and rounded once.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -94,8 +95,8 @@ def antialiased(
     for dim, scale in ((-1, scales_w), (-2, scales_h)):
         n, out = image.shape[dim], output_size[dim]
         step = _step(n, out, align_corners, scale)
-        places, factors = _neighbours(n, out, step, reach, kernel, x.device)
-        image = _resized(image.transpose(dim, -1), places, factors).transpose(dim, -1)
+        neighbours = _neighbours(n, out, step, reach, kernel, x.device)
+        image = _resized(image.transpose(dim, -1), *neighbours).transpose(dim, -1)
     return image.to(x.dtype)
 
 
@@ -130,14 +131,15 @@ def _neighbours(
 def _resized(x: Tensor, places: Tensor, factors: Tensor) -> Tensor:
     """x [.., N], places and factors [out, T] -> [.., out]."""
 
-    def at(place: Tensor) -> Tensor:
+    def terms(place: Tensor, factor: Tensor) -> Tensor:
+        """What has no part in the result may be infinite."""
         found: Tensor = aten._unsafe_index(x, [None, None, None, place])
-        return found
+        return torch.where(factor == 0, 0.0, found * factor)
 
     if places.shape[1] > FEW:
-        return (at(places) * factors).sum(-1)
-    terms = [at(p) * f for p, f in zip(places.unbind(1), factors.unbind(1), strict=True)]
-    return functools.reduce(torch.add, terms)
+        return terms(places, factors).sum(-1)
+    each = zip(places.unbind(1), factors.unbind(1), strict=True)
+    return functools.reduce(torch.add, itertools.starmap(terms, each))
 
 
 def _linear(d: Tensor) -> Tensor:

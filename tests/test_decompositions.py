@@ -175,3 +175,14 @@ def test_an_image_of_bytes(mode):
     found = run(image)
     assert (found.int() - resized(image).int()).abs().max() <= 1
     testing.assert_same_bits(run(image[1:2]), found[1:2], "one image")
+
+
+@pytest.mark.parametrize("width", [11, 5])
+def test_what_has_a_factor_of_0_may_be_infinite(width):
+    image = x(1, 2, 9, 11)
+    image[..., 6:] = torch.inf
+    resized = functools.partial(F.interpolate, size=(4, width), mode="bilinear", antialias=True)
+    run = torch.compile(resized, backend="batch_invariant")
+    expected = resized(image)
+    assert expected[..., : width // 2 - 1].isfinite().all()
+    torch.testing.assert_close(run(image), expected)
