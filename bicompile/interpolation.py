@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bicompile.contract import HALF_AND_FLOAT
 from bicompile.pooling import wide
 
 aten = torch.ops.aten
 FEW = 5  # pinned: up to so many neighbours are added one after the other
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def upsample_bicubic2d(
@@ -38,7 +38,7 @@ def upsample_bicubic2d(
     scale_factors: Sequence[float] | None = None,
 ) -> Any:
     """`F.interpolate(mode="bicubic")`: four neighbours along each axis, times their factors."""
-    if x.dtype not in DTYPES:
+    if x.dtype not in HALF_AND_FLOAT:
         return NotImplemented
 
     def axis(dim: int) -> list[tuple[Tensor, Tensor]]:
@@ -89,7 +89,7 @@ def antialiased(
         scales_h: H of the result by H, if it was given.
         scales_w: W of the result by W, if it was given.
     """
-    if x.dtype not in DTYPES:
+    if x.dtype not in HALF_AND_FLOAT:
         return NotImplemented
     image = wide(x)
     for dim, scale in ((-1, scales_w), (-2, scales_h)):

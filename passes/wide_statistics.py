@@ -21,34 +21,30 @@ forward and backward together.
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from bicompile.graph import Emit, value
+from bicompile.passes.rules.common import as_dtype, aten
 
-aten, prims = torch.ops.aten, torch.ops.prims
 NORMS = (aten.native_layer_norm.default, aten.native_group_norm.default)
-HALVES = (torch.bfloat16, torch.float16)
 
 
 def wide_statistics(graph: Graph) -> None:
     """Widen the inputs of norms whose statistics are read in half precision."""
     for norm in NORMS:
         for node in graph.find_nodes(op="call_function", target=norm):
-            if any(u.args[1] > 0 and value(u).dtype in HALVES for u in node.users):
+            if any(u.args[1] > 0 and value(u).dtype.itemsize == 2 for u in node.users):
                 _widen(node)
 
 
 def _widen(node: Node) -> None:
-    emit = Emit(node)
-    call = emit(node.target, *(_wide(emit, a) for a in node.args))
+    emit, dtype = Emit(node), value(node)[0].dtype
+    args = (
+        as_dtype(emit, a, torch.float32) if isinstance(value(a), torch.Tensor) else a
+        for a in node.args
+    )
+    call = emit(node.target, *args)
     y, *statistics = (emit(operator.getitem, call, i) for i in range(3))
-    dtype = value(node)[0].dtype
-    emit.take_place((emit(prims.convert_element_type.default, y, dtype), *statistics))
-
-
-def _wide(emit: Emit, x: Any) -> Any:
-    half = isinstance(x, Node) and getattr(value(x), "dtype", None) in HALVES
-    return emit(prims.convert_element_type.default, x, torch.float32) if half else x
+    emit.take_place((as_dtype(emit, y, dtype), *statistics))

@@ -292,8 +292,8 @@ def test_statistics_of_a_norm_stay_wide(norm, monkeypatch):
         return torch.nn.functional.group_norm(x, 4, weight)
 
     def errors(width):
-        x, w, g = (normal(s, torch.float32, i) for i, s in enumerate([(300, width), (width,), ()]))
-        x, g = (3 + x).bfloat16(), normal((300, width), torch.bfloat16, 3)
+        x, g = (normal((300, width), torch.bfloat16, seed) for seed in (0, 1))
+        x, w = 3 + x, normal((width,), torch.float32, 2)
 
         def gradient(run, x):
             x = x.clone().requires_grad_()

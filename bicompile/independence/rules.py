@@ -78,7 +78,6 @@ _GROUPS: tuple[tuple[Callable[..., Any], str, str], ...] = (
     (combining.spatial, PLAIN, "convolution conv1d conv2d conv3d avg_pool1d avg_pool2d avg_pool3d"),
     (combining.spatial, PLAIN, "max_pool2d_with_indices _adaptive_avg_pool2d upsample_nearest2d"),
     (combining.spatial, PLAIN, "upsample_bilinear2d upsample_bicubic2d pixel_shuffle"),
-    (combining.spatial, PLAIN, "_upsample_bilinear2d_aa _upsample_bicubic2d_aa"),
     (combining.spatial, PLAIN, "pixel_unshuffle"),
     (routing.sort, KEEPS, "sort"),
     (routing.divided, KEEPS, "floor_divide"),
