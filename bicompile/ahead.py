@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -23,8 +23,10 @@ from bicompile.graph import device_of, subgraphs, value
 from bicompile.inductor import outside_tracing
 from bicompile.registry import OPS
 
-#: What each size that may vary is set to: bounds of schedules are powers of two.
-SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+#: What each size that may vary is set to: between two of them no schedule changes.
+SIZES = (
+    2, 4, 8, 16, 31, 32, 63, 64, 127, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096,
+)  # fmt: skip
 
 
 @contextmanager
@@ -44,16 +46,22 @@ def kernels_built(gm: GraphModule) -> Iterator[None]:
 
 
 def build(node: Node) -> None:
-    """Launch an op with meta tensors: once if all sizes are known, else for each of SIZES."""
+    """Launch an op with meta tensors: once if all sizes are known, else for each of SIZES.
+
+    Of a product of sizes (sequences by tokens) each is set to it, and one with the others at 1.
+    """
     from bicompile.kernels.common.launch import building_for
 
     schedules = one_schedule if node.target._overloadname == "single" else nullcontext  # type: ignore[union-attr]
     name = node.target.name().split("::")[1].split(".")[0]  # type: ignore[union-attr]
     launch = getattr(importlib.import_module(f"bicompile.kernels.{OPS[name].family}.gpu"), name)
     args = tree_map(value, node.args)
-    for size in SIZES if _varies(args) else SIZES[:1]:
-        with schedules(), building_for(device_of(node)), outside_tracing():
-            launch(*tree_map(lambda x, size=size: _with_size(x, size), args))
+    symbols = _symbols(args)
+    for size in SIZES if symbols else SIZES[:1]:
+        for others in (size, 1) if len(symbols) > 1 and OPS[name].family == "matmul" else (size,):
+            sizes = dict.fromkeys(symbols, others) | dict.fromkeys(symbols[:1], size)
+            with schedules(), building_for(device_of(node)), outside_tracing():
+                launch(*tree_map(lambda x, sizes=sizes: _with_sizes(x, sizes), args))
 
 
 def _ops_on_gpu(gm: GraphModule) -> Iterator[Node]:
@@ -64,26 +72,24 @@ def _ops_on_gpu(gm: GraphModule) -> Iterator[Node]:
                 yield node
 
 
-def _varies(args: Any) -> bool:
-    found = False
+def _symbols(args: Any) -> list[Any]:
+    """What sizes and numbers depend on, in the order of their names."""
+    found: set[Any] = set()
 
     def look(x: Any) -> None:
-        nonlocal found
-        if isinstance(x, torch.Tensor):
-            found |= any(isinstance(n, torch.SymInt) for n in x.shape)
+        for n in x.shape if isinstance(x, torch.Tensor) else (x,):
+            if isinstance(n, torch.SymInt):
+                found.update(n.node.expr.free_symbols)
 
     tree_map(look, args)
-    return found
+    return sorted(found, key=str)
 
 
-def _with_size(x: Any, size: int) -> Any:
-    """A tensor (on meta) or a number in which every size that may vary is `size`."""
+def _with_sizes(x: Any, sizes: Mapping[Any, int]) -> Any:
+    """A tensor (on meta) or a number with a size for each symbol."""
 
     def number(n: Any) -> Any:
-        if not isinstance(n, torch.SymInt):
-            return n
-        expression = n.node.expr
-        return int(expression.xreplace(dict.fromkeys(expression.free_symbols, size)))
+        return int(n.node.expr.xreplace(sizes)) if isinstance(n, torch.SymInt) else n
 
     if isinstance(x, torch.Tensor):
         shape, strides = ([number(n) for n in ns] for ns in (x.shape, x.stride()))

@@ -38,6 +38,7 @@ USER = Path(platformdirs.user_data_dir("bicompile")) / "certificates"
 """Where `bicompile verify` writes; it comes before what the package brings: nearer evidence."""
 
 FORMAT = 1
+TABLE = "table"
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 S = TypeVar("S")
@@ -192,7 +193,8 @@ def chooses(family: str) -> bool:
 def sources(family: str) -> str:
     """Digest of all that decides the bits of a family: its `gpu.py` and what that imports of ours.
 
-    A certificate of other sources says nothing about these.
+    A certificate of other sources says nothing about these. Files named TABLE are left out: they
+    choose among what is listed.
     """
     hashed = hashlib.sha256()
     for name, source in sorted(_files(family).items()):
@@ -218,7 +220,7 @@ def _collect(path: Path, found: dict[str, bytes]) -> None:
         elif isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         for module in modules:
-            if module.startswith("bicompile.kernels."):
+            if module.startswith("bicompile.kernels.") and not module.endswith(f".{TABLE}"):
                 _collect(KERNELS.joinpath(*module.split(".")[2:]).with_suffix(".py"), found)
 
 

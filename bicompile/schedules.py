@@ -21,7 +21,8 @@ from torch.fx import Node
 from bicompile import certificate
 from bicompile.graph import hint, value
 from bicompile.kernels.attention import schedules as attention_table
-from bicompile.kernels.matmul import schedules as matmul_table
+from bicompile.kernels.matmul import table as matmul_table
+from bicompile.kernels.matmul.schedules import kind_of
 from bicompile.kernels.rope import schedules as rope_table
 from bicompile.registry import OPS
 
@@ -97,16 +98,23 @@ def _capability() -> str:
     return ".".join(map(str, torch.cuda.get_device_capability())) if here else "9.0"
 
 
+def _processors() -> int:
+    """Of this machine's GPU; without one, of an H200."""
+    here = torch.cuda.is_available()
+    return torch.cuda.get_device_properties("cuda").multi_processor_count if here else 132
+
+
 def _matmul_cuda(name: str, args: Arguments) -> Choice:
     left, right, tf32 = _factors(name, args)
-    kind = matmul_table.kind_of(left.dtype, tf32, _capability())
+    kind = kind_of(left.dtype, tf32, _capability())
     kind += " pair" if name == "swiglu" else ""
     *_, rows, terms = (hint(n) for n in left.shape)
     weights = [*args.values()][1:4] if name == "qkv_proj" else [right]
     columns = sum(hint(w.shape[-1]) for w in weights)
     blocks = left.dim() == 2 and name != "qkv_proj" and columns % 8 == terms % 8 == 0
-    wanted = matmul_table.wanted(kind, _capability(), rows, columns, terms, blocks)
-    chosen = _served("matmul", kind, wanted, matmul_table.SINGLE[kind])
+    size = kind, _capability(), _processors(), rows, columns, terms, blocks
+    here = torch.cuda.is_available()
+    chosen = matmul_table.schedule(*size) if here else matmul_table.ranked(*size)[-1]
     return _choice(chosen, matmul_table.schedules(kind, _capability()))
 
 

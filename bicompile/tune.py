@@ -1,11 +1,13 @@
-"""Find the fastest schedules of the GPU matmul, for the tables in `kernels/matmul/schedules.py`.
+"""Time the schedules of the GPU matmul, for the choice in `kernels/matmul/table.py`.
 
-    python -m bicompile.tune --json FILE
+    python -m bicompile.tune --times kernels/matmul/times-sm9.0.json --json FILE
 
-races many schedules on the sizes of a model's layers. What other bits than the single schedule has
-is left out and named; what is raced is a launch inside a CUDA graph, with weights that are not in
-the L2 cache. The tables are literals: what it finds is copied by hand, and certified by
-`bicompile verify` before it is used.
+times each schedule with few and many tiles for each multiprocessor, in a CUDA graph and with
+weights that are not in the L2 cache, and keeps as few as leave no size more than TOLERANCE slower.
+Then it races them on layers of models: what the launch would take against the fastest of its
+entries, and against what PyTorch calls. Schedules with other bits than the single one are left out
+and named. What is kept is used as far as a certificate lists it (`bicompile verify`);
+`--certified` times those alone that one lists, so nothing needs to be verified after it.
 """
 
 from __future__ import annotations
@@ -15,188 +17,319 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
+from bicompile.certificate import permits
 from bicompile.machine import check_device, machine, title
 from bicompile.testing import bits
 
-#: Qwen3-8B: op, columns, terms. "swiglu": columns of each half.
-LAYERS = (
-    ("qkv_proj", 6144, 4096),
-    ("mm_add", 4096, 4096),
-    ("swiglu", 12288, 4096),
-    ("mm_add", 4096, 12288),
-    ("mm", 151936, 4096),
-)
-ROWS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 8192)
+if TYPE_CHECKING:
+    from bicompile.kernels.matmul.schedules import Schedule
+    from bicompile.kernels.matmul.table import Entry
+
+#: (columns, terms) of layers of Qwen3-8B, Llama 3.1 8B and 70B, Qwen2.5-14B; of a pair: of each.
+LAYERS = {
+    "half": (
+        (4096, 4096), (6144, 4096), (12288, 4096), (24576, 4096), (4096, 12288), (151936, 4096),
+        (28672, 4096), (4096, 14336), (8192, 8192), (10240, 8192), (5120, 5120), (2048, 2048),
+    ),
+    "half pair": ((12288, 4096), (14336, 4096), (13824, 5120), (28672, 8192)),
+}  # fmt: skip
+#: Bounds of the entries -> rows for which they are timed.
+ROWS = {
+    1: 1, 16: 8, 31: 24, 32: 32, 63: 48, 64: 64, 127: 100, 128: 128, 256: 256, 1 << 62: 512,
+}  # fmt: skip
+RACED = (1, 8, 20, 32, 50, 64, 100, 128, 200, 256, 384, 512, 1000, 2048)
+QUARTERS = 12  # of as many tiles as there are multiprocessors
+TOLERANCE = 0.05
+FEW = 16  # rows of small batches, which are decoded most: a third of the TOLERANCE
 CACHE = 128 << 20  # bytes of weights after which the L2 cache holds none of the first
 SHARED = 232448  # bytes of shared memory that a block of sm_90 may have
-LAUNCHES = 16
+LAUNCHES = 12
 
 
 @dataclass(frozen=True)
-class Found:
-    """One race: the schedules in rising order of their time, and what the libraries take."""
+class Raced:
+    """Microseconds of one size: of what the table would take, and of what PyTorch calls."""
 
-    op: str
+    kind: str
     rows: int
     columns: int
     terms: int
-    library: float
+    chosen: str
     table: float
-    best: list[tuple[str, float]]
-    other_bits: list[str]
+    fastest: str
+    best: float
+    library: float
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Race all sizes; the exit status is 1 if a schedule had other bits."""
+    """Time all candidates; the exit status is 1 if a schedule had other bits."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
-    parser.add_argument("--layer", type=int, nargs="+", default=range(len(LAYERS)))
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--kind", choices=LAYERS, nargs="+", default=list(LAYERS))
+    parser.add_argument("--certified", action="store_true", help="what is in use, timed anew")
+    parser.add_argument("--times", type=Path, metavar="FILE", help="write the entries")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the races")
     args = parser.parse_args(arguments)
     check_device("cuda")
     console = Console()
     here = machine("cuda")
     console.print(title(here))
-    found: list[Found] = []
-    for layer, rows in itertools.product(args.layer, args.rows):
-        found.append(race(*LAYERS[layer], rows))
-        console.print(line(found[-1]))
-        if args.json:
-            results = [asdict(f) for f in found]
-            args.json.write_text(json.dumps({"machine": here, "found": results}, indent=1) + "\n")
-    return int(any(f.other_bits for f in found))
-
-
-def line(found: Found) -> str:
-    """A race in one line."""
-    name, seconds = found.best[0]
-    text = f"{found.op} {found.rows} x {found.columns} x {found.terms}: {seconds * 1e6:.1f} us, "
-    text += f"table {found.table * 1e6:.1f}, library {found.library * 1e6:.1f}, {name}"
-    return text + "".join(f"\n  other bits: {s}" for s in found.other_bits)
-
-
-def race(op: str, columns: int, terms: int, rows: int) -> Found:
-    """Race the schedules for one op and size."""
-    from bicompile.kernels.matmul import gpu
-    from bicompile.kernels.matmul.schedules import Schedule, wanted
-
-    two = op == "swiglu"
-    kind = "half pair" if two else "half"
-    entry = wanted(kind, "9.0", rows, columns, terms, op != "qkv_proj")
-    tried = list(dict.fromkeys([entry, *candidates(Schedule, rows, two, op == "qkv_proj")]))
-    operands = _operands(op, columns, terms, rows)
-    launch = getattr(gpu, op)
-    _build(launch, operands[0], tried)
-    expected = bits(_first(launch(*operands[0], False, chosen=entry)))
-    seconds: dict[str, float] = {}
+    entries: dict[str, list[Entry]] = {}
+    raced: list[Raced] = []
     other: list[str] = []
-    for s in track(tried, f"{op} {rows}", console=Console(file=sys.stderr), transient=True):
-        try:
-            same = torch.equal(bits(_first(launch(*operands[0], False, chosen=s))), expected)
-        except Exception as error:  # too much shared memory, or too many registers
-            print(f"{s}: {error}", file=sys.stderr)
-            continue
-        if same:
-            seconds[str(s)] = _time(lambda x, s=s: launch(*x, False, chosen=s), operands)
-        else:
-            other.append(str(s))
-    best = sorted(seconds.items(), key=lambda item: item[1])[:5]
-    library = _time(_library(op), operands)
-    return Found(op, rows, columns, terms, library, seconds[str(entry)], best, other)
+    for kind in args.kind:
+        weights = Weights(kind)
+        tried = {rows: [*candidates(kind, rows, args.certified)] for rows in ROWS}
+        build(tried, weights)
+        timed = [e for rows in ROWS for e in time_waves(rows, tried[rows], weights, other)]
+        entries[kind] = needed(timed, 0.0 if args.certified else TOLERANCE)
+        for (columns, terms), rows in itertools.product(LAYERS[kind], RACED):
+            raced.append(race(kind, entries[kind], rows, columns, terms, weights))
+            console.print(line(raced[-1]), soft_wrap=True)
+    if args.times:
+        write(args.times, here, entries)
+    if args.json:
+        content = {"machine": here, "raced": [asdict(r) for r in raced]}
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
+    for name in other:
+        console.print(f"other bits: {name}")
+    return int(bool(other))
 
 
-def candidates(make: Callable[..., Any], rows: int, two: bool, pointers: bool) -> Iterator[Any]:
-    """Schedules whose tiles suit a number of rows and fit the shared memory."""
-    for bm, bn, bk in itertools.product((16, 32, 64, 128), (16, 32, 64, 128, 256), (64, 128, 256)):
-        if not rows / 2 <= bm <= max(2 * rows, 16) and not (rows > 128 and bm >= 64):
+def write(file: Path, here: Mapping[str, Any], entries: Mapping[str, Sequence[Entry]]) -> None:
+    """Write entries as `kernels/matmul/table.py` reads them, each on a line of its own."""
+    kinds = []
+    for kind, found in entries.items():
+        lines = (json.dumps([e.rows, [*asdict(e.schedule).values()], e.waves]) for e in found)
+        kinds.append(f'  "{kind}": [\n    ' + ",\n    ".join(lines) + "\n  ]")
+    text = f' "machine": {json.dumps(here)},\n "entries": {{\n' + ",\n".join(kinds) + "\n }"
+    file.write_text("{\n" + text + "\n}\n")
+
+
+def line(raced: Raced) -> str:
+    """A race in one line."""
+    ratios = raced.table / raced.library, raced.table / raced.best
+    text = f"{raced.kind} {raced.rows} x {raced.columns} x {raced.terms}: {raced.table:.1f} us, "
+    return text + f"{ratios[0]:.2f} of the library, {ratios[1]:.2f} of the best: {raced.chosen}"
+
+
+def candidates(kind: str, rows: int, certified: bool = False) -> Iterator[Schedule]:
+    """Schedules whose tiles suit a number of rows and fit the shared memory.
+
+    Blocks that reach beyond a matrix are slow, so with descriptors a tile has not more rows.
+    """
+    least = max(16, min(1 << (rows.bit_length() - 1), 128))  # rows of a tile
+    most = max(16, min(1 << (rows - 1).bit_length(), 128))
+    for bm in sorted({least, most, max(16, most // 2) if rows < 256 else most}):
+        for s in _certified(bm, kind) if certified else _tiles(bm, rows, _factors(kind)):
+            if not s.tma or bm <= least:
+                yield s
+
+
+def _factors(kind: str) -> int:
+    return 2 if kind.endswith("pair") else 1
+
+
+def _certified(bm: int, kind: str) -> Iterator[Schedule]:
+    from bicompile.kernels.matmul.table import schedules
+
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    for s in schedules(kind, capability):
+        if s.bm == bm and permits("matmul", kind, s):
+            yield s
+
+
+def _tiles(bm: int, rows: int, factors: int) -> Iterator[Schedule]:
+    from bicompile.kernels.matmul.schedules import Schedule
+
+    for bn, bk in itertools.product((16, 32, 48, 64, 96, 128, 192, 256), (64, 128, 256, 512)):
+        area = bm * bn * factors
+        stage = (bm + bn * factors) * bk * 2
+        stored = bm * bn * 2
+        if not 512 <= area <= 32768 or (bk < 128 if area < 4096 else bk > 128):
             continue
-        large = bm * bn * (2 if two else 1)
-        if large < 512 or large > 32768 or (large >= 8192 and bk > 128):
-            continue
-        warps = (8,) if large >= 16384 else (4, 8) if large >= 8192 else (4,)
-        stage = (bm + bn * (2 if two else 1)) * bk * 2
-        most = min(6, (SHARED - 2048) // stage)
-        deep = [n for n in (most - 1, most) if n >= 3 and n * stage >= 49152]
-        for w, stages, tma in itertools.product(warps, deep, (False, True)):
-            if tma and pointers:
+        warps = 8 if area > 16384 else 4
+        # One block on a processor, or two.
+        for stages in {min(8, (of - 1024 - stored) // stage) for of in (SHARED, SHARED // 2)}:
+            if stages < 3 or stages * stage < 48 << 10:
                 continue
-            yield make(bm, bn, bk, w, stages, tma)
-            if tma and large >= 8192:
-                yield from (make(bm, bn, bk, w, stages, tma, True, p) for p in (1, 2))
+            yield Schedule(bm, bn, bk, warps, stages, True)
+            if bn % 3 and area <= 8192 * factors and rows <= 256:
+                yield Schedule(bm, bn, bk, warps, stages)
+        if bm == 128 and area >= 16384 and bk == 64:
+            for parts in (1, 2, 4, 8):
+                # Stored in parts, beside what is read ahead; what is added passes through, too.
+                stages = (SHARED - 1024 - stored // parts * 3) // stage
+                if stages < 3 or bn // parts < 24:
+                    continue
+                yield Schedule(bm, bn, bk, 8, stages, True, False, parts)
+                if bn % 3 and factors == 1:
+                    yield Schedule(bm, bn, bk, 8, stages, True, True, parts)
+    if rows > 256:
+        yield Schedule(bm, bm // factors, 64, 8, 3)
 
 
-def _operands(op: str, columns: int, terms: int, rows: int) -> list[tuple[Any, ...]]:
-    """Enough copies of the weights to fill the cache; the rows are the same."""
-    generator = torch.Generator("cuda").manual_seed(0)
+class Weights:
+    """Weights of any size, and an op on them, out of one buffer that is larger than the cache."""
 
-    def random(*shape: int) -> torch.Tensor:
-        like: dict[str, Any] = {"generator": generator, "device": "cuda", "dtype": torch.bfloat16}
-        return torch.randn(*shape, **like) * 0.1
+    def __init__(self, kind: str) -> None:
+        from bicompile.kernels.matmul import gpu
 
-    x, added = random(rows, terms), random(rows, columns)
-    size = columns * terms * (4 if op == "swiglu" else 2)
-    copies: list[tuple[Any, ...]] = []
-    for _ in range(max(1, -(-CACHE // size))):
-        if op == "swiglu":
-            copies.append((x, random(columns, terms).t(), random(columns, terms).t()))
-        elif op == "qkv_proj":
-            w = random(columns, terms)
-            q, k, v = w.split([columns - columns // 3, columns // 6, columns // 6])
-            copies.append((x, q.t(), k.t(), v.t(), None, None, None))
-        else:
-            w = random(columns, terms).t()
-            copies.append((x, w, added) if op == "mm_add" else (x, w))
-    return copies
+        processors = torch.cuda.get_device_properties("cuda").multi_processor_count
+        self.processors = processors
+        self.kind = kind
+        self.factors = _factors(kind)
+        self.launch: Callable[..., Any] = gpu.swiglu if self.factors == 2 else gpu.mm
+        generator = torch.Generator("cuda").manual_seed(0)
+        like: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+        self.buffer = torch.empty(3 << 29, **like).normal_(0, 0.1, generator=generator)
+        self.left = torch.empty(2048 * 16384, **like).normal_(0, 0.1, generator=generator)
 
+    def operands(self, rows: int, columns: int, terms: int) -> list[tuple[torch.Tensor, ...]]:
+        """Calls' operands, as many as the cache does not hold."""
+        x = self.left[: rows * terms].view(rows, terms)
+        size = columns * terms
+        made: list[tuple[torch.Tensor, ...]] = []
+        while not made or len(made) * size * 2 * self.factors < CACHE:
+            at = [(len(made) * self.factors + i) * size for i in range(self.factors)]
+            weights = (self.buffer[i : i + size].view(columns, terms).t() for i in at)
+            made.append((x, *weights))
+        return made
 
-def _library(op: str) -> Callable[..., Any]:
-    """The product alone as PyTorch runs it; one call for those that lie side by side."""
-
-    def call(x: tuple[Any, ...]) -> Any:
-        if op == "swiglu":
-            return torch.mm(x[0], x[1]), torch.mm(x[0], x[2])
-        if op == "qkv_proj":
-            base = x[1].t()
-            whole = base.as_strided((base.shape[0] * 3 // 2, base.shape[1]), base.stride())
-            return torch.mm(x[0], whole.t())
-        return torch.mm(x[0], x[1])
-
-    return call
+    def library(self, x: torch.Tensor, *weights: torch.Tensor) -> None:
+        """The products as PyTorch runs them."""
+        for w in weights:
+            torch.mm(x, w)
 
 
-def _build(launch: Callable[..., Any], operands: tuple[Any, ...], tried: Sequence[Any]) -> None:
+def build(tried: Mapping[int, Sequence[Schedule]], weights: Weights) -> None:
     """Compile all kernels in parallel."""
     from triton import AsyncCompileMode
 
     from bicompile.kernels.common.launch import building_for
 
-    meta = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in operands]
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
         AsyncCompileMode(pool, ignore_errors=True),
         building_for(torch.device("cuda", torch.cuda.current_device())),
     ):
-        for s in tried:
-            launch(*meta, False, chosen=s)
+        for rows in tried:
+            meta = [x.to("meta") for x in weights.operands(ROWS[rows], 4096, 4096)[0]]
+            for s in tried[rows]:
+                weights.launch(*meta, False, chosen=s)
+
+
+def time_waves(
+    rows: int, tried: Sequence[Schedule], weights: Weights, other: list[str]
+) -> Iterator[Entry]:
+    """The times of schedules for a number of rows; names those of other bits."""
+    from bicompile.kernels.matmul.schedules import SINGLE
+    from bicompile.kernels.matmul.table import TERMS, Entry
+
+    m, kind = ROWS[rows], weights.kind
+    console = Console(file=sys.stderr)
+    sample = weights.operands(m, 768, TERMS)[0]
+    expected = bits(weights.launch(*sample, False, chosen=SINGLE[kind]))
+    for s in track(tried, f"{kind} {rows}", console=console, transient=True):
+        try:
+            same = torch.equal(bits(weights.launch(*sample, False, chosen=s)), expected)
+        except Exception as error:  # too much shared memory, or too many registers
+            print(f"{s}: {error}", file=sys.stderr)
+            continue
+        if not same:
+            other.append(f"{kind} {s}")
+            continue
+        times = []
+        for quarters in range(1, QUARTERS + 1):
+            tiles = max(1, weights.processors * quarters // 4 // -(-m // s.bm))
+            operands = weights.operands(m, s.bn * tiles, TERMS)
+            seconds = _time(lambda *x, s=s: weights.launch(*x, False, chosen=s), operands)
+            times.append(round(seconds * 1e6, 1))
+        yield Entry(rows, s, tuple(times))
+
+
+def needed(entries: Sequence[Entry], tolerance: float) -> list[Entry]:
+    """Entries of as few schedules as keep the best time of each size within a tolerance.
+
+    Operands that no descriptor can stand for have entries of their own, four times as far off.
+    """
+    pointers = [e for e in entries if not e.schedule.tma]
+    some = _cover(entries, tolerance, set())
+    some |= _cover(pointers, 4 * tolerance, some)
+    kept = {e for found in (entries, pointers) for e in _fastest(found, some)}
+    return [e for e in entries if e in kept]
+
+
+#: Numbers of columns for which entries are chosen.
+COLUMNS = (
+    1024, 1536, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192, 10240, 12288, 14336, 16384,
+    18432, 24576, 28672, 36864, 57344, 65536, 128256, 151936,
+)  # fmt: skip
+
+
+def _cover(entries: Sequence[Entry], tolerance: float, first: set[Schedule]) -> set[Schedule]:
+    """As few schedules as are near enough to the fastest for all sizes, with those of `first`."""
+    within: dict[Schedule, set[tuple[int, int]]] = {e.schedule: set() for e in entries}
+    for rows, n in itertools.product(ROWS, COLUMNS):
+        times = {e.schedule: _modelled(e, n) for e in entries if e.rows == rows}
+        limit = min(times.values()) * (1 + tolerance / (3 if rows <= FEW else 1))
+        for s, time in times.items():
+            if time <= limit:
+                within[s].add((rows, n))
+    kept = {s for s in first if s in within}
+    left = set(itertools.product(ROWS, COLUMNS)).difference(*(within[s] for s in kept))
+    while left:
+        kept.add(max(within, key=lambda s: len(within[s] & left)))
+        left.difference_update(*(within[s] for s in kept))
+    return kept
+
+
+def _fastest(entries: Sequence[Entry], among: set[Schedule]) -> set[Entry]:
+    """The entry of each size that has the least time."""
+    found = [e for e in entries if e.schedule in among]
+    return {
+        min((e for e in found if e.rows == rows), key=lambda e: _modelled(e, n))
+        for rows, n in itertools.product(ROWS, COLUMNS)
+    }
+
+
+def _modelled(e: Entry, columns: int) -> float:
+    from bicompile.kernels.matmul.table import TERMS
+
+    return e.time(132, ROWS[e.rows], columns, TERMS)
+
+
+def race(
+    kind: str, entries: Sequence[Entry], m: int, columns: int, terms: int, weights: Weights
+) -> Raced:
+    """Time what the entries would choose for a size, all others, and the library."""
+    from bicompile.kernels.matmul.table import by_time
+
+    operands = weights.operands(m, columns, terms)
+    tried = [e.schedule for e in by_time(entries, weights.processors, m, columns, terms)]
+    times = {s: _time(lambda *x, s=s: weights.launch(*x, False, chosen=s), operands) for s in tried}
+    best = min(times, key=times.__getitem__)
+    library = _time(weights.library, operands)
+    table, fastest, library = (x * 1e6 for x in (times[tried[-1]], times[best], library))
+    return Raced(kind, m, columns, terms, str(tried[-1]), table, str(best), fastest, library)
 
 
 def _time(call: Callable[..., Any], operands: Sequence[Any]) -> float:
     """Seconds of one call: the least of several replays of a CUDA graph of LAUNCHES calls."""
-    call(operands[0])
+    call(*operands[0])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for i in range(LAUNCHES):
-            call(operands[i % len(operands)])
+            call(*operands[i % len(operands)])
     best = float("inf")
     for _ in range(4):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -206,11 +339,6 @@ def _time(call: Callable[..., Any], operands: Sequence[Any]) -> float:
         torch.cuda.synchronize()
         best = min(best, start.elapsed_time(end) / 1e3 / LAUNCHES)
     return best
-
-
-def _first(result: Any) -> torch.Tensor:
-    found: torch.Tensor = result[0] if isinstance(result, tuple) else result
-    return found
 
 
 if __name__ == "__main__":

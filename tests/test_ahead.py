@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from bicompile.kernels.common import launch as launching
 from bicompile.kernels.matmul import gpu as matmul
-from bicompile.kernels.matmul.schedules import table
+from bicompile.kernels.matmul.table import ranked
 from bicompile.kernels.reduce import gpu as reduce
 
 KERNELS = registry.load_all()
@@ -47,6 +47,10 @@ def mlp(t, w, v):
     return torch.nn.functional.rms_norm(torch.relu(t @ w), (32,)) @ v
 
 
+def _tile(options):
+    return tuple(options[name] for name in ("BM", "BN", "BK", "num_warps", "num_stages"))
+
+
 def nodes(gm):
     return [n for n in gm.graph.nodes if getattr(n.target, "namespace", "") == "bicompile"]
 
@@ -58,10 +62,11 @@ def test_every_schedule_of_a_varying_size(built):
     gm, _, _, _ = rewrite(mlp, t, x(64, 32).bfloat16(), x(32, 16384).bfloat16())
     for node in nodes(gm):
         ahead.build(node)
-    tiles = {(o["BM"], o["BN"], o["BK"]) for name, o in built if name != "rms_norm_kernel"}
+    tiles = {_tile(o) for name, o in built if name != "rms_norm_kernel"}
     for n, k in ((32, 64), (16384, 32)):
-        entries = [e for e in table("half", "9.0") if n <= e.n and k <= e.k]
-        assert {(e.schedule.bm, e.schedule.bn, e.schedule.bk) for e in entries[:1]} <= tiles
+        for m in range(2, 5000):
+            s = ranked("half", "9.0", 132, m, n, k, True)[-1]
+            assert (s.bm, s.columns[0], s.bk, s.warps, s.stages) in tiles, m
     assert len(tiles) >= 7
     assert {o["num_warps"] for name, o in built if name == "rms_norm_kernel"} == {1, 4}
 

@@ -12,6 +12,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from bicompile import certificate
+from bicompile.tune import SHARED
 
 
 class _NoDevice:
@@ -63,6 +64,32 @@ def test_masks_do_not_change_the_layout_of_operands(compiled, rows, dtype):
     q, k = (torch.zeros(1, h, 64, 64, dtype=torch.bfloat16) for h in (4, 2))
     gpu.sdpa(q, k, k, torch.ones(64, 64, dtype=dtype), False, 0.125, chosen=use)
     assert _operand_layouts(compiled["attention_kernel"]) == {2}
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_products_fit_shared_memory(compiled, number):
+    """Every schedule with whatever follows the product, and with operands that lie as they can."""
+    from bicompile.kernels.matmul import gpu
+    from bicompile.kernels.matmul.table import schedules
+
+    x, w, c = (
+        torch.zeros(*size, dtype=torch.bfloat16) for size in ((160, 64), (64, 512), (160, 512))
+    )
+    along_k, along_m = w.t().contiguous().t(), x.t().contiguous().t()
+    columns = c.t().contiguous().t()
+    calls = {
+        "half": (
+            lambda s: gpu.mm(along_m, along_k, False, s),
+            lambda s: gpu.addmm(columns, x, w, 0.5, 2.0, False, s),
+        ),
+        "half pair": (lambda s: gpu.swiglu(x, along_k, along_k, False, s),),
+    }
+    for kind, launches in calls.items():
+        for s in [s for s in schedules(kind, "9.0") if s.tma][number::4]:
+            for launch in launches:
+                compiled.clear()
+                launch(s)
+                assert compiled["block_kernel"].metadata.shared <= SHARED, s
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

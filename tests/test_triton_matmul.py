@@ -8,6 +8,7 @@ from triton_set_up import (
     DEVICE,
     DTYPES,
     FULL,
+    HALF,
     INF,
     INTERPRET,
     NAN,
@@ -20,7 +21,7 @@ from triton_set_up import (
 )
 
 from bicompile.kernels.matmul import gpu as matmul
-from bicompile.kernels.matmul import schedules as matmul_schedules
+from bicompile.kernels.matmul.table import schedules
 
 KINDS = (
     ("half", DTYPES[0], False),
@@ -53,9 +54,25 @@ def test_matmul_rows_and_schedules(kind, dtype, tf32, m, k, n):
     poisoned = a.clone()
     poisoned[0], poisoned[2] = NAN, INF
     same(matmul.mm(poisoned, w.t(), tf32)[3:], whole[3:])
-    for s in matmul_schedules.schedules(kind, "9.0"):
+    for s in schedules(kind, "9.0"):
         same(matmul.mm(a, w.t(), tf32, chosen=s), whole)
     same(matmul.mm(a, w[5:9].t(), tf32), whole[:, 5:9])
+
+
+@law
+def test_every_schedule_is_one_chain():
+    """Sums of 0 are what was rounded away: where a chain is cut, in any column, shows."""
+    large, w = randn(20, 136, dtype=HALF), randn(104, 136, dtype=HALF)
+    x, w = torch.cat([large, -large], 1), torch.cat([w, w], 1)
+    for kind in ("half", "half pair"):
+        found = schedules(kind, "9.0")
+        assert any(s.columns[1] for s in found)
+        for s in found:
+            if kind == "half":
+                same(matmul.mm(x, w.t(), False, s), matmul.mm(x, w.t(), False))
+            else:
+                call = x, w.t(), w.t(), False
+                same(matmul.swiglu(*call, s), matmul.swiglu(*call))
 
 
 @law

@@ -5,7 +5,7 @@ import torch
 from triton_set_up import DEVICE, DTYPES, FULL, INF, INTERPRET, NAN, law, randn, same, views
 
 from bicompile.kernels.matmul import gpu as matmul
-from bicompile.kernels.matmul import schedules as matmul_schedules
+from bicompile.kernels.matmul.table import schedules
 from bicompile.kernels.sort import gpu as sort
 
 KINDS = (
@@ -22,7 +22,7 @@ ENDS = ((0, 3, 3, 20), (23, 23, 23, 23), (1, 2, 3, 4))
 def test_a_row_meets_the_matrix_of_its_run(kind, dtype, tf32):
     m, k, n = (23, 70, 33) if INTERPRET else (230, 577, 130)
     a, w = randn(m, k, dtype=dtype), randn(4, n, k, dtype=dtype, seed=1)
-    chosen = matmul_schedules.schedules(kind, "9.0")
+    chosen = schedules(kind, "9.0")
     for ends in ENDS:
         ends = [e * m // 23 for e in ends]
         offs = torch.tensor(ends, dtype=torch.int32, device=DEVICE)

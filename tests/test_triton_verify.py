@@ -10,8 +10,8 @@ from triton_set_up import DEVICE, INTERPRET, law, on_device, same
 from bicompile import backend, certificate, cli, registry, sweep, verify
 from bicompile.certificate import Certificate, Machine
 from bicompile.kernels.attention import gpu as attention
-from bicompile.kernels.common.launch import capability
-from bicompile.kernels.matmul import schedules as matmul
+from bicompile.kernels.common.launch import capability, processors
+from bicompile.kernels.matmul import table as matmul
 
 DEPTH = sweep.Depth.SMALL if INTERPRET else sweep.Depth.QUICK
 if INTERPRET:
@@ -83,8 +83,8 @@ def test_the_overload_single_runs_one_schedule(monkeypatch):
             for manager in (registry.nullcontext, certificate.one_schedule, registry.nullcontext)
         ]
     results = [call(x, w.t(), False) for call in calls]
-    here = capability(torch.device(DEVICE))
-    small, single = matmul.wanted("half", here, 3, 7, 32, False), matmul.SINGLE["half"]
+    here = (f(torch.device(DEVICE)) for f in (capability, processors))
+    small, single = matmul.ranked("half", *here, 3, 7, 32, False)[-1], matmul.SINGLE["half"]
     assert used == [small, single, small]
     same(results[1], results[0])
 

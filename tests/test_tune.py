@@ -1,6 +1,8 @@
-"""The race of matmul schedules: what takes part."""
+"""The race of matmul schedules: what takes part, and what is kept."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,19 +10,49 @@ import torch
 from bicompile import errors, tune
 
 pytest.importorskip("triton")
+from bicompile.kernels.matmul import table
 from bicompile.kernels.matmul.schedules import Schedule
+from bicompile.kernels.matmul.table import Entry
 
 
-@pytest.mark.parametrize("two", [False, True])
+@pytest.mark.parametrize("kind", tune.LAYERS)
 @pytest.mark.parametrize("rows", tune.ROWS)
-def test_candidates_fit_the_device(rows, two):
-    found = list(tune.candidates(Schedule, rows, two, pointers=False))
-    assert len(set(found)) == len(found) > 20
+def test_candidates_fit_the_device(rows, kind):
+    factors = 2 if kind == "half pair" else 1
+    found = list(tune.candidates(kind, rows))
+    assert len(set(found)) == len(found) > 15
     for s in found:
-        assert (s.bm + s.bn * (2 if two else 1)) * s.bk * 2 * s.stages <= tune.SHARED
-        assert s.bm * s.bn * (2 if two else 1) <= 128 * 256
-        assert s.tma or not s.persistent
+        assert (s.bm + s.bn * factors) * s.bk * 2 * s.stages <= tune.SHARED
+        assert s.bm * s.bn * factors <= 128 * 256
+        assert s.tma or not (s.persistent or s.columns[1])
+        assert not s.tma or s.bm <= max(rows, 16)
     assert {s.tma for s in found} == {False, True}
+
+
+def test_what_is_kept_has_the_best_times():
+    def entry(rows, bn, *waves, tma=True):
+        return Entry(rows, Schedule(16, bn, 128, 4, 4, tma), waves)
+
+    found = []
+    for rows in tune.ROWS:
+        few, many = entry(rows, 32, 10.0, 20.0), entry(rows, 128, 30.0, 60.0)
+        slow, near = entry(rows, 64, 25.0, 50.0), entry(rows, 32, 10.1, 20.2, tma=False)
+        pointers = entry(rows, 128, 33.0, 66.0, tma=False)
+        found += [few, slow, many, pointers, near]
+    best = {(32, True), (128, True), (32, False), (128, False)}
+    for tolerance, expected in ((0.0, best), (0.2, best - {(128, False)})):
+        kept = tune.needed(found, tolerance)
+        assert {(e.schedule.bn, e.schedule.tma) for e in kept} == expected
+
+
+def test_times_are_read_as_they_are_written(tmp_path, monkeypatch):
+    found = {kind: table.table(kind, "9.0") for kind in tune.LAYERS}
+    assert all(found[kind] != table.TABLE[kind] for kind in found)
+    tune.write(tmp_path / "times-sm9.9.json", {"gpu": "one"}, found)
+    monkeypatch.setattr(table, "__file__", str(tmp_path / "table.py"))
+    assert {kind: table.table(kind, "9.9") for kind in found} == found
+    written = Path(tune.__file__).parent / "kernels" / "matmul" / "times-sm9.0.json"
+    assert [*found["half"]] == sorted(found["half"], key=lambda e: e.rows), written
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -31,7 +63,8 @@ def test_needs_a_gpu():
 
 @pytest.mark.gpu
 def test_race_of_a_small_layer():
-    found = tune.race("mm_add", 256, 128, 8)
-    assert found.other_bits == []
-    assert found.best[0][1] <= found.table
+    weights = tune.Weights("half", table.TERMS)
+    entries = table.table("half", "9.0")
+    found = tune.race("half", entries, 8, 256, 128, weights)
+    assert found.best <= found.table
     assert found.library > 0

@@ -23,13 +23,13 @@ from bicompile.kernels.common.trees import strides
 from bicompile.kernels.convolution.op import output_sizes
 from bicompile.kernels.convolution.schedules import schedule
 from bicompile.kernels.convolution.tiles import chain, places, put, within
+from bicompile.kernels.matmul.schedules import PART as IEEE
 from bicompile.kernels.matmul.schedules import kind_of
 from bicompile.kernels.matmul.tiles import tile_of
 
 FEW = 64  # pinned: up to so many taps of one channel are one fma chain
 PART = 1536  # pinned: terms of one part of a sum, at most
 EVEN = 128  # pinned: parts start at multiples of it
-IEEE = 32  # pinned: terms of one chain of an "ieee" product, as in kernels/matmul
 
 
 @triton.jit(do_not_specialize=["sxr"])

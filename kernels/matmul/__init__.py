@@ -24,10 +24,6 @@ CPU has three schedules of it: ``rows.h`` for few rows where b is walked along K
 memory, ``columns.h`` for few rows where it is walked along N, ``panels.h`` (packed) for the rest.
 """
 
-from bicompile.kernels.matmul import op, schedules
-
-# Triton 3.6 cannot compile float64 products for compute capability 10.0. This stands here until the
-# certificates are made anew: they cover the file of the tuple, and hold for all that stays in it.
-schedules.FAST_DOUBLE = tuple(c for c in schedules.FAST_DOUBLE if c != "10.0")
+from bicompile.kernels.matmul import op
 
 __all__ = ["op"]

@@ -9,7 +9,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bicompile.kernels.common.launch import after_others, capability, is_aligned, launch, processors
 from bicompile.kernels.common.trees import strides
-from bicompile.kernels.matmul.schedules import PART, Schedule, kind_of, schedule
+from bicompile.kernels.matmul.schedules import PART, Schedule, kind_of
+from bicompile.kernels.matmul.table import schedule
 from bicompile.kernels.matmul.tiles import chain, chain_of_blocks, put, tile_of
 
 QKV_ROWS = 128  # up to here q, k and v are one launch; above, each fills the device alone
@@ -41,26 +42,37 @@ def matmul_kernel(
 
 @triton.jit(do_not_specialize=["M", "beta", "alpha"])
 def block_kernel(
-    A, B, B2, C, Y, M, N, K, scm, scn, beta, alpha,
+    A, B, B2, REST, REST2, C, Y, Y_REST, M, N, K, scm, scn, beta, alpha,
     END: tl.constexpr, TYPE: tl.constexpr, ALONG_M: tl.constexpr, ALONG_K: tl.constexpr,
     PERSISTENT: tl.constexpr, PARTS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The same for one matrix of half precision, through tensor descriptors A, B, B2 and Y."""
+    """The same for one matrix of half precision, through tensor descriptors.
+
+    A tile has BN + BR columns. A, B, B2 and Y are read and stored in blocks of BN, those that end
+    in REST in blocks of BR. The last tiles end where the matrix does: what they share with their
+    neighbours both store, with equal bits, because blocks that reach beyond a matrix are slow.
+    """
     after_others(PDL)
     num_m = tl.cdiv(M, BM)
-    num_n = tl.cdiv(N, BN)
+    num_n = tl.cdiv(N, BN + BR)
     tiles = num_m * num_n
     step = tl.num_programs(0) if PERSISTENT else tiles
     for tile in tl.range(tl.program_id(0), tiles, step, flatten=PERSISTENT):
         tile_m, tile_n = tile_of(tile, num_m, num_n)
-        y, y2 = chain_of_blocks(
-            A, B, B2, tile_m * BM, tile_n * BN, K, BM, BN, BK, ALONG_M, ALONG_K, END == "swiglu"
+        m0 = tl.minimum(tile_m * BM, tl.maximum(M - BM, 0))
+        n0 = tl.minimum(tile_n * (BN + BR), tl.maximum(N - BN - BR, 0))
+        y, y2, rest, rest2 = chain_of_blocks(
+            A, B, B2, REST, REST2, m0, n0, K, BM, BN, BR, BK, ALONG_M, ALONG_K, END == "swiglu"
         )
         put(
-            y, y2, C, Y, tile_m * BM, tile_n * BN, M, N, scm, scn, beta, alpha,
-            END, TYPE, True, PARTS, BM, BN,
+            y, y2, C, Y, m0, n0, M, N, scm, scn, beta, alpha, END, TYPE, True, PARTS, BM, BN
         )  # fmt: skip
+        if BR:
+            put(
+                rest, rest2, C, Y_REST, m0, n0 + BN, M, N, scm, scn, beta, alpha,
+                END, TYPE, True, PARTS, BM, BR,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -130,7 +142,8 @@ def _choose(kind: str, a, weights, n: int, chosen: Schedule | None) -> Schedule:
     if chosen is not None:
         s = chosen if blocks else chosen.with_pointers()
     else:
-        s = schedule(kind, capability(a.device), a.shape[1], n, a.shape[2], blocks)
+        device = capability(a.device), processors(a.device)
+        s = schedule(kind, *device, a.shape[1], n * a.shape[0], a.shape[2], blocks)
     assert not kind.startswith("ieee") or s.bk == PART
     return s
 
@@ -162,26 +175,34 @@ def _launch(a, b, c=None, *, tf32, end="", beta=0.0, alpha=1.0, b2=None, chosen=
     s = _choose(kind if b2 is None else f"{kind} pair", a, weights, n, chosen)
     c, c_strides = (out, (0, 0, 0)) if c is None else (c, strides(c))
     tiles = triton.cdiv(m, s.bm) * triton.cdiv(n, s.bn)
-    common = {"END": end, "TYPE": TYPES[a.dtype], "BM": s.bm, "BN": s.bn, "BK": s.bk}
+    common = {"END": end, "TYPE": TYPES[a.dtype], "BM": s.bm, "BK": s.bk}
+    common |= {"num_warps": s.warps, "num_stages": s.stages}
     if s.tma:
         along_m, along_k = not _is_blocked(a[0]), not _is_blocked(b[0])
         left = _described(a[0].t(), s.bk, s.bm) if along_m else _described(a[0], s.bm, s.bk)
-        blocks = [
-            _described(w[0].t(), s.bn, s.bk) if along_k else _described(w[0], s.bk, s.bn)
-            for w in weights
-        ]
+
+        def blocks(bn: int) -> tuple[TensorDescriptor | None, ...]:
+            """Of the weights, the first again for a second that is not there, and of the result."""
+            if bn == 0:
+                return None, None, None
+            of_weights = [
+                _described(w[0].t(), bn, s.bk) if along_k else _described(w[0], s.bk, bn)
+                for w in weights
+            ]
+            return of_weights[0], of_weights[-1], _described(out[0], s.bm, bn // s.parts)
+
+        (first, second, y), (rest, rest2, y_rest) = map(blocks, s.columns)
         launch(
             block_kernel, min(tiles, processors(a.device)) if s.persistent else tiles,
-            left, blocks[0], blocks[-1], c,
-            _described(out[0], s.bm, s.bn // s.parts), m, n, k, *c_strides[1:],
+            left, first, second, rest, rest2, c, y, y_rest, m, n, k, *c_strides[1:],
             float(beta), float(alpha), **common, ALONG_M=along_m, ALONG_K=along_k,
-            PERSISTENT=s.persistent, PARTS=s.parts, num_warps=s.warps, num_stages=s.stages,
+            PERSISTENT=s.persistent, PARTS=s.parts, BN=s.columns[0], BR=s.columns[1],
         )  # fmt: skip
     else:
         launch(
             matmul_kernel, batch * tiles, a, b, weights[-1], c, out, m, n, k, *strides(a),
             *strides(b), *c_strides, float(beta), float(alpha), **common,
-            KIND=kind, EVEN_K=k % s.bk == 0, num_warps=s.warps, num_stages=s.stages,
+            KIND=kind, EVEN_K=k % s.bk == 0, BN=s.bn,
         )  # fmt: skip
     return out
 

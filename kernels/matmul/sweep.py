@@ -8,7 +8,8 @@ import torch
 
 from bicompile.kernels.common.launch import capability
 from bicompile.kernels.matmul import gpu
-from bicompile.kernels.matmul.schedules import SINGLE, kinds, schedules
+from bicompile.kernels.matmul.schedules import SINGLE, kinds
+from bicompile.kernels.matmul.table import schedules
 from bicompile.sweep import VALUES, BitClass, Depth, Problem
 
 #: kind -> dtypes, the first where little is tried.

@@ -93,22 +93,29 @@ def chain(
 
 @triton.jit
 def chain_of_blocks(
-    A, B, B2, m0, n0, K,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ALONG_M: tl.constexpr,
+    A, B, B2, REST, REST2, m0, n0, K,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, ALONG_M: tl.constexpr,
     ALONG_K: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
     """The same through tensor descriptors, whose blocks are 0 outside the matrices.
 
+    With BR, also the BR columns behind those BN, which REST and REST2 read.
     ALONG_M: A lies as [K, M] in memory; ALONG_K: B lies as [N, K].
     """
     acc = tl.zeros([BM, BN], tl.float32)
     acc2 = acc
+    rest = tl.zeros([BM, BR if BR else BN], tl.float32)
+    rest2 = rest
     for k in tl.range(0, K, BK):
         x = _block(A, m0, k, ALONG_M)
         acc = tl.dot(x, _block(B, k, n0, ALONG_K), acc)
+        if BR:
+            rest = tl.dot(x, _block(REST, k, n0 + BN, ALONG_K), rest)
         if TWO:
             acc2 = tl.dot(x, _block(B2, k, n0, ALONG_K), acc2)
-    return acc, acc2
+            if BR:
+                rest2 = tl.dot(x, _block(REST2, k, n0 + BN, ALONG_K), rest2)
+    return acc, acc2, rest, rest2
 
 
 @triton.jit

@@ -161,6 +161,14 @@ MUTANTS = (
         MATMUL,
     ),
     Mutant(
+        "the last third of a wide tile is summed apart",
+        "kernels/matmul/tiles.py",
+        "            rest = tl.dot(x, _block(REST, k, n0 + BN, ALONG_K), rest)",
+        "            rest += tl.dot(x, _block(REST, k, n0 + BN, ALONG_K))",
+        "some columns of the schedules that have it are not one chain",
+        MATMUL,
+    ),
+    Mutant(
         "a run of rows meets the next matrix",
         "kernels/matmul/gpu.py",
         "    mine = (before <= tile) & (tile < before + tiles)",
