@@ -1,7 +1,9 @@
-"""All private use of TorchInductor: pinned configuration, C++ pointwise overrides, cache stamp.
+"""All private use of TorchInductor: pinned configuration, pointwise overrides, cache stamp.
 
 Inductor's C++ backend prints one body for vectors, one for scalars, and sizes, strides and tails
-decide which of the two an element meets.  Under `overrides()` the two are one function.
+decide which of the two an element meets.  Under `overrides()` the two are one function.  And its
+Triton backend computes with sizes that vary in float32, where Python computes with known ones in
+float64.
 """
 
 from __future__ import annotations
@@ -242,11 +244,43 @@ def _with_header(codegen_group: Callable[..., str]) -> Callable[..., str]:
     return wrapper
 
 
+def _quotient(printer: Any, expr: Any) -> str:
+    """A size by a size, in float64."""
+    a, b = (
+        f"tl.full([], {float(x)}, tl.float64)"
+        if x.is_Integer
+        else f"({printer._print(x)}).to(tl.float64)"
+        for x in expr.args
+    )
+    return f"({a} / {b})"
+
+
+def _number(printer: Any, expr: Any) -> str:
+    """A constant with all its digits; a whole one as Inductor spells it."""
+    return str(int(expr)) if expr.is_integer else f"tl.full([], {float(expr)!r}, tl.float64)"
+
+
+def _functions_of_sizes(printer: type[Any]) -> Iterator[tuple[Any, str, Any]]:
+    """Roots, logarithms and so on, of float64 where Inductor rounds a size to float32."""
+
+    def wide(plain: Callable[[Any, Any], str]) -> Callable[[Any, Any], str]:
+        def spelled(printer: Any, expr: Any) -> str:
+            found = plain(printer, expr).replace("tl.float32", "tl.float64")
+            return found.replace("tl.sqrt_rn", "libdevice.sqrt")  # which rounds to nearest, too
+
+        return spelled
+
+    for name, value in vars(printer).items():
+        if name == "_helper_sqrt" or name.startswith("_print_OpaqueUnaryFn_"):
+            yield printer, name, wide(value)
+
+
 @functools.cache
 def _replacements() -> tuple[tuple[Any, str, Any], ...]:
     """What `overrides()` installs, as (owner, attribute, value)."""
     from torch._inductor import exc, graph, lowering
     from torch._inductor.codegen import cpp
+    from torch._inductor.codegen.triton import TritonPrinter
 
     scalar, vector = cpp.CppOverrides, cpp.CppVecOverrides
     pairs = {name: _fast(name, scalar, vector) for name in FAST}
@@ -269,6 +303,8 @@ def _replacements() -> tuple[tuple[Any, str, Any], ...]:
     # On a GPU a constant divisor becomes a factor, with other bits than where it is not known: a
     # number of rows in a graph with sizes that vary.
     table.append((lowering, "get_constant_value", lambda *_: None))
+    table += [(TritonPrinter, "_print_IntTrueDiv", _quotient)]
+    table += [(TritonPrinter, "_print_Float", _number), *_functions_of_sizes(TritonPrinter)]
     group = cpp.KernelGroup
     table.append((group, "codegen_group", _with_header(group.codegen_group)))
     return tuple(table)
