@@ -47,8 +47,15 @@ def mlp(t, w, v):
     return torch.nn.functional.rms_norm(torch.relu(t @ w), (32,)) @ v
 
 
-def _tile(options):
-    return tuple(options[name] for name in ("BM", "BN", "BK", "num_warps", "num_stages"))
+def _served(built, *sizes):
+    """The tiles that were built, among them those of any number of rows of matrices [K, N]."""
+    names = "BM", "BN", "BK", "num_warps", "num_stages"
+    tiles = {tuple(o[n] for n in names) for kernel, o in built if kernel != "rms_norm_kernel"}
+    for n, k in sizes:
+        for m in range(2, 5000):
+            s = ranked("half", "9.0", 132, m, n, k, True)[-1]
+            assert (s.bm, s.columns[0], s.bk, s.warps, s.stages) in tiles, m
+    return tiles
 
 
 def nodes(gm):
@@ -62,13 +69,19 @@ def test_every_schedule_of_a_varying_size(built):
     gm, _, _, _ = rewrite(mlp, t, x(64, 32).bfloat16(), x(32, 16384).bfloat16())
     for node in nodes(gm):
         ahead.build(node)
-    tiles = {_tile(o) for name, o in built if name != "rms_norm_kernel"}
-    for n, k in ((32, 64), (16384, 32)):
-        for m in range(2, 5000):
-            s = ranked("half", "9.0", 132, m, n, k, True)[-1]
-            assert (s.bm, s.columns[0], s.bk, s.warps, s.stages) in tiles, m
-    assert len(tiles) >= 7
+    assert len(_served(built, (32, 64), (16384, 32))) >= 7
     assert {o["num_warps"] for name, o in built if name == "rms_norm_kernel"} == {1, 4}
+
+
+def test_rows_that_are_sequences_by_tokens(built):
+    torch._dynamo.reset()
+    t, w = x(2, 6, 64, dtype=torch.bfloat16), x(64, 4096).bfloat16()
+    for dim in (0, 1):
+        torch._dynamo.mark_dynamic(t, dim)
+    gm, _, _, _ = rewrite(lambda t, w: t @ w, t, w)
+    for node in nodes(gm):
+        ahead.build(node)
+    assert len(_served(built, (4096, 64))) >= 7
 
 
 def test_known_sizes_are_built_once(built):
