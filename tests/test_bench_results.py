@@ -35,6 +35,7 @@ TABLES = {
     "ops, bfloat16": [
         Row("mm 8x8 batch 128", "ms", {"cublas": 1.0, OURS: 0.5}),
         Row("mm 8x8 batch 256", "ms", {"cublas": 1.0, OURS: 1.5}),
+        Row("mm 8x8 batch 200", "ms", {"cublas": 1.0, OURS: 2.5}),
         Row("decode 2x1x8x4 batch 1", "ms", {"flash": 2.0, OURS: 1.0}, missing={"cudnn": "no"}),
     ],
     "sequences, bfloat16": [Row("9 sequences, 90 tokens", "s", {"inductor": 4.0, OURS: 1.0})],
@@ -55,6 +56,7 @@ def test_the_summary_is_what_the_rows_say():
     assert found["model", "decode", "limit"].mean == pytest.approx(2.0)
     assert found["ops", "mm, M <= 128", "cublas"].worst == 0.5
     assert found["ops", "mm, M > 128", "cublas"].worst == 1.5
+    assert found["ops", "mm, M no power of two", "cublas"].worst == 2.5
     assert found["sequences", "sequences", "inductor"].mean == 0.25
     assert not any(what == "prefill" or "compile" in what for _, what, _ in found)
 

@@ -158,6 +158,7 @@ def layers(
     sequences: Sequences | None,
     calls: Mapping[str, int],
     limits: tuple[int, int],
+    odd: Sequence[int] = (),
     convolutions: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> Suite:
     """A suite of a random model's layers and of its ops.
@@ -172,6 +173,7 @@ def layers(
         sequences: the requests to serve.
         calls: see `Suite.calls`.
         limits: see `Suite.limits`.
+        odd: M of the matmuls, too, and of nothing else: rows that fill no tiles.
         convolutions: groups, which follow from no size of the model -> batch sizes.
     """
     heads = f"{shapes.heads}x{shapes.kv_heads}"
@@ -183,7 +185,7 @@ def layers(
     }
     steps = {f"training {length}": batches for length, batches in training.items()}
     ops = {
-        **{f"mm {k}x{n}": rows for k, n in matmuls},
+        **{f"mm {k}x{n}": tuple(sorted({*rows, *odd})) for k, n in matmuls},
         **{f"decode {heads}x{s}x{shapes.head_size}": bs for s, bs in decode.items()},
         **{f"prefill {heads}x{s}x{shapes.head_size}": bs for s, bs in prefill.items()},
         **{f"attention_backward {heads}x{s}x{shapes.head_size}": bs for s, bs in training.items()},
@@ -231,6 +233,7 @@ QWEN3 = layers(
     prefill={2048: (1,), 1024: (8,), 16384: (1,)},
     training={4096: (1,), 2048: (4,)},
     rows=(1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
+    odd=(20, 100, 200, 1000),
     sequences=Sequences(),
     calls={"prefill": 5, "decode": 20, "training": 5, "op": 8},
     limits=(1 << 30, 8192),

@@ -136,7 +136,8 @@ class Ratio:
 def summary(tables: Mapping[str, Sequence[Row]]) -> Iterator[Ratio]:
     """Each family of cases against each system, and models against the best of them.
 
-    Matmuls of up to `FEW_ROWS` rows and of more are families of their own.
+    Matmuls of up to `FEW_ROWS` rows, of more, and of rows that are no power of two are families of
+    their own.
     """
     for table, rows in tables.items():
         families: dict[str, list[Row]] = {}
@@ -148,10 +149,12 @@ def summary(tables: Mapping[str, Sequence[Row]]) -> Iterator[Ratio]:
 
 
 def family(row: Row) -> str:
-    """The kind of a row's case; of matmuls also whether they have few rows."""
+    """The kind of a row's case; of matmuls also how many rows they have."""
     if row.case is None:
         return "sequences"
     if row.case.kind == "mm":
+        if row.case.batch.bit_count() > 1:
+            return "mm, M no power of two"
         few = row.case.batch <= FEW_ROWS
         return f"mm, M {'<=' if few else '>'} {FEW_ROWS}"
     return row.case.kind
