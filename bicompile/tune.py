@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tried = {rows: [*candidates(kind, rows, args.certified)] for rows in ROWS}
         build(tried, weights)
         timed = [e for rows in ROWS for e in time_waves(rows, tried[rows], weights, other)]
-        entries[kind] = needed(timed, 0.0 if args.certified else TOLERANCE)
+        entries[kind] = needed(timed, 0.0 if args.certified else TOLERANCE, weights.processors)
         for (columns, terms), rows in itertools.product(LAYERS[kind], RACED):
             raced.append(race(kind, entries[kind], rows, columns, terms, weights))
             console.print(line(raced[-1]), soft_wrap=True)
@@ -184,8 +184,7 @@ class Weights:
     def __init__(self, kind: str) -> None:
         from bicompile.kernels.matmul import gpu
 
-        processors = torch.cuda.get_device_properties("cuda").multi_processor_count
-        self.processors = processors
+        self.processors = torch.cuda.get_device_properties("cuda").multi_processor_count
         self.kind = kind
         self.factors = _factors(kind)
         self.launch: Callable[..., Any] = gpu.swiglu if self.factors == 2 else gpu.mm
@@ -257,15 +256,15 @@ def time_waves(
         yield Entry(rows, s, tuple(times))
 
 
-def needed(entries: Sequence[Entry], tolerance: float) -> list[Entry]:
+def needed(entries: Sequence[Entry], tolerance: float, processors: int) -> list[Entry]:
     """Entries of as few schedules as keep the best time of each size within a tolerance.
 
     Operands that no descriptor can stand for have entries of their own, four times as far off.
     """
     pointers = [e for e in entries if not e.schedule.tma]
-    some = _cover(entries, tolerance, set())
-    some |= _cover(pointers, 4 * tolerance, some)
-    kept = {e for found in (entries, pointers) for e in _fastest(found, some)}
+    some = _cover(entries, tolerance, processors, set())
+    some |= _cover(pointers, 4 * tolerance, processors, some)
+    kept = {e for found in (entries, pointers) for e in _fastest(found, some, processors)}
     return [e for e in entries if e in kept]
 
 
@@ -276,11 +275,13 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def _cover(entries: Sequence[Entry], tolerance: float, first: set[Schedule]) -> set[Schedule]:
+def _cover(
+    entries: Sequence[Entry], tolerance: float, processors: int, first: set[Schedule]
+) -> set[Schedule]:
     """As few schedules as are near enough to the fastest for all sizes, with those of `first`."""
     within: dict[Schedule, set[tuple[int, int]]] = {e.schedule: set() for e in entries}
     for rows, n in itertools.product(ROWS, COLUMNS):
-        times = {e.schedule: _modelled(e, n) for e in entries if e.rows == rows}
+        times = {e.schedule: _modelled(e, n, processors) for e in entries if e.rows == rows}
         limit = min(times.values()) * (1 + tolerance / (3 if rows <= FEW else 1))
         for s, time in times.items():
             if time <= limit:
@@ -293,19 +294,19 @@ def _cover(entries: Sequence[Entry], tolerance: float, first: set[Schedule]) -> 
     return kept
 
 
-def _fastest(entries: Sequence[Entry], among: set[Schedule]) -> set[Entry]:
+def _fastest(entries: Sequence[Entry], among: set[Schedule], processors: int) -> set[Entry]:
     """The entry of each size that has the least time."""
     found = [e for e in entries if e.schedule in among]
     return {
-        min((e for e in found if e.rows == rows), key=lambda e: _modelled(e, n))
+        min((e for e in found if e.rows == rows), key=lambda e: _modelled(e, n, processors))
         for rows, n in itertools.product(ROWS, COLUMNS)
     }
 
 
-def _modelled(e: Entry, columns: int) -> float:
+def _modelled(e: Entry, columns: int, processors: int) -> float:
     from bicompile.kernels.matmul.table import TERMS
 
-    return e.time(132, ROWS[e.rows], columns, TERMS)
+    return e.time(processors, ROWS[e.rows], columns, TERMS)
 
 
 def race(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -41,7 +39,7 @@ def test_what_is_kept_has_the_best_times():
         found += [few, slow, many, pointers, near]
     best = {(32, True), (128, True), (32, False), (128, False)}
     for tolerance, expected in ((0.0, best), (0.2, best - {(128, False)})):
-        kept = tune.needed(found, tolerance)
+        kept = tune.needed(found, tolerance, 132)
         assert {(e.schedule.bn, e.schedule.tma) for e in kept} == expected
 
 
@@ -51,8 +49,6 @@ def test_times_are_read_as_they_are_written(tmp_path, monkeypatch):
     tune.write(tmp_path / "times-sm9.9.json", {"gpu": "one"}, found)
     monkeypatch.setattr(table, "__file__", str(tmp_path / "table.py"))
     assert {kind: table.table(kind, "9.9") for kind in found} == found
-    written = Path(tune.__file__).parent / "kernels" / "matmul" / "times-sm9.0.json"
-    assert [*found["half"]] == sorted(found["half"], key=lambda e: e.rows), written
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
