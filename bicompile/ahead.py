@@ -56,10 +56,10 @@ def build(node: Node) -> None:
     name = node.target.name().split("::")[1].split(".")[0]  # type: ignore[union-attr]
     launch = getattr(importlib.import_module(f"bicompile.kernels.{OPS[name].family}.gpu"), name)
     args = tree_map(value, node.args)
-    symbols = _symbols(args)
+    symbols, of_strides = _symbols(args)
     for size in SIZES if symbols else SIZES[:1]:
         for others in (size, 1) if len(symbols) > 1 and OPS[name].family == "matmul" else (size,):
-            sizes = dict.fromkeys(symbols, others) | dict.fromkeys(symbols[:1], size)
+            sizes = dict.fromkeys(of_strides + symbols, others) | dict.fromkeys(symbols[:1], size)
             with schedules(), building_for(device_of(node)), outside_tracing():
                 launch(*tree_map(lambda x, sizes=sizes: _with_sizes(x, sizes), args))
 
@@ -72,17 +72,20 @@ def _ops_on_gpu(gm: GraphModule) -> Iterator[Node]:
                 yield node
 
 
-def _symbols(args: Any) -> list[Any]:
-    """What sizes and numbers depend on, in the order of their names."""
-    found: set[Any] = set()
+def _symbols(args: Any) -> tuple[list[Any], list[Any]]:
+    """What sizes and numbers depend on, in the order of their names; and strides."""
+    of_sizes: set[Any] = set()
+    of_strides: set[Any] = set()
 
     def look(x: Any) -> None:
-        for n in x.shape if isinstance(x, torch.Tensor) else (x,):
-            if isinstance(n, torch.SymInt):
-                found.update(n.node.expr.free_symbols)
+        shape, strides = (x.shape, x.stride()) if isinstance(x, torch.Tensor) else ((x,), ())
+        for found, ns in ((of_sizes, shape), (of_strides, strides)):
+            for n in ns:
+                if isinstance(n, torch.SymInt):
+                    found.update(n.node.expr.free_symbols)
 
     tree_map(look, args)
-    return sorted(found, key=str)
+    return sorted(of_sizes, key=str), sorted(of_strides, key=str)
 
 
 def _with_sizes(x: Any, sizes: Mapping[Any, int]) -> Any:

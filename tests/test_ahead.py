@@ -84,6 +84,18 @@ def test_rows_that_are_sequences_by_tokens(built):
     assert len(_served(built, (4096, 64))) >= 7
 
 
+def test_rows_whose_strides_vary(built):
+    """The last token of each sequence: how far they stand apart follows from no size of theirs."""
+    torch._dynamo.reset()
+    t, w = x(2, 6, 64, dtype=torch.bfloat16), x(64, 4096).bfloat16()
+    for dim in (0, 1):
+        torch._dynamo.mark_dynamic(t, dim)
+    gm, _, _, _ = rewrite(lambda t, w: t[:, -1] @ w, t, w)
+    for node in nodes(gm):
+        ahead.build(node)
+    assert len(_served(built, (4096, 64))) >= 7
+
+
 def test_known_sizes_are_built_once(built):
     torch._dynamo.reset()
     args = x(6, 64), x(64, 32), x(32, 8)
