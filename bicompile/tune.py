@@ -45,9 +45,10 @@ LAYERS = {
 }  # fmt: skip
 #: Bounds of the entries -> rows for which they are timed.
 ROWS = {
-    1: 1, 16: 8, 31: 24, 32: 32, 63: 48, 64: 64, 127: 100, 128: 128, 256: 256, 1 << 62: 512,
+    1: 1, 16: 8, 31: 24, 32: 32, 63: 48, 64: 64, 127: 100, 128: 128, 256: 256, 1024: 512,
+    1 << 62: 4096,
 }  # fmt: skip
-RACED = (1, 8, 20, 32, 50, 64, 100, 128, 200, 256, 384, 512, 1000, 2048)
+RACED = (1, 8, 20, 32, 50, 64, 100, 128, 200, 256, 384, 512, 1000, 2048, 4096)
 QUARTERS = 12  # of as many tiles as there are multiprocessors
 TOLERANCE = 0.05
 FEW = 16  # rows of small batches, which are decoded most: a third of the TOLERANCE
@@ -191,7 +192,7 @@ class Weights:
         generator = torch.Generator("cuda").manual_seed(0)
         like: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
         self.buffer = torch.empty(3 << 29, **like).normal_(0, 0.1, generator=generator)
-        self.left = torch.empty(2048 * 16384, **like).normal_(0, 0.1, generator=generator)
+        self.left = torch.empty(4096 * 16384, **like).normal_(0, 0.1, generator=generator)
 
     def operands(self, rows: int, columns: int, terms: int) -> list[tuple[torch.Tensor, ...]]:
         """Calls' operands, as many as the cache does not hold."""
