@@ -134,7 +134,7 @@ def modules() -> dict[str, str]:
 
 
 def sweep(names: Sequence[str], depth: Depth, jobs: int) -> list[Result]:
-    """Run all problems of some modules, each in one of `jobs` processes that share the GPU.
+    """Run all problems of some modules, each in one of `jobs` processes that share the GPUs.
 
     Most of the time goes into compiling kernels, on cores; a process compiles and runs its own.
 
@@ -174,7 +174,8 @@ def _outcomes(items: Sequence[Item], jobs: int) -> Iterator[Outcome]:
                 progress.advance(task)
             return
         context = multiprocessing.get_context("spawn")  # a forked process has no working CUDA
-        with ProcessPoolExecutor(jobs, context, initializer=_start) as pool:
+        begun = context.Value("i", 0)
+        with ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(begun,)) as pool:
             # Neighbours need the same kernels: side by side, each process would compile them.
             mixed = random.Random(0).sample(items, len(items))
             futures = {item: pool.submit(work, item) for item in mixed}
@@ -189,10 +190,18 @@ def _outcomes(items: Sequence[Item], jobs: int) -> Iterator[Outcome]:
                 pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _start() -> None:
+def _start(begun: Any) -> None:
+    """Make a process ready; `begun` counts them: GPUs like the first are taken in turn."""
     import torch
 
     torch.set_num_threads(1)
+    if INTERPRETED:
+        return
+    with begun.get_lock():
+        place, begun.value = begun.value, begun.value + 1
+    name = torch.cuda.get_device_name
+    alike = [i for i in range(torch.cuda.device_count()) if name(i) == name(0)]
+    torch.cuda.set_device(alike[place % len(alike)])
 
 
 def work(item: Item) -> Outcome:
