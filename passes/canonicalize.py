@@ -14,6 +14,8 @@ becomes::
 
 because our attention reads head h of Q with head h // R of K: the same numbers without the copies.
 
+`multiply_one_matrix`: see `one_matrix.py`.
+
 `share_visible_ranges`, on a GPU: attention first finds which keys each row of its mask sees. ::
 
     %a = bicompile.sdpa.default(%q1, %k1, %v1, %mask, False, 0.125)
@@ -66,6 +68,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bicompile.graph import Emit, value
+from bicompile.passes.one_matrix import multiply_one_matrix
 from bicompile.passes.repeat_kv import before_repeat
 from bicompile.passes.rules.gradients import embedding_rows
 from bicompile.registry import load_all
@@ -82,6 +85,7 @@ _WITH_RANGES = {  # an op of attention: the position of its mask, the op that ta
 def canonicalize(gm: GraphModule, *, run) -> None:
     """All sub-passes in order."""
     undo_repeat_kv(gm, run=run)
+    multiply_one_matrix(gm, run=run)
     share_visible_ranges(gm, run=run)
     add_to_other_gradients(gm, run=run)
     sort_stably(gm, run=run)

@@ -276,6 +276,33 @@ def test_the_gradient_of_a_tied_table_is_rounded_once(padding):
     assert torch.equal(table.grad, expected[:, None].expand(4, 5))
 
 
+# ---------------------------------------------------------------------------------- one matrix
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_batch_meets_one_matrix_in_one_product(dynamic):
+    """Rows that are apart in memory: `linear` makes of them a batch of products."""
+    linear = nn.Linear(8, 16, bias=False).requires_grad_(False)
+    for model in (
+        lambda t: linear(t[:, -2:]),
+        lambda t: torch.bmm(t, linear.weight.T.expand(3, 8, 16)),
+    ):
+        torch._dynamo.reset()
+        t = x(3, 5, 8)
+        if dynamic:
+            torch._dynamo.mark_dynamic(t, 1)
+        gm, _, _, _ = rewrite(model, t)
+        assert (count(gm, ours.mm.default), count(gm, ours.bmm.default)) == (1, 0)
+        whole = torch.compile(model, backend="batch_invariant", dynamic=dynamic)
+        apart = bicompile.compile(model, options={"disable": "canonicalize"})
+        assert torch.equal(whole(t), apart(t))
+
+
+def test_matrices_of_their_own_stay_a_batch():
+    gm, _, _, _ = rewrite(lambda t, w: torch.bmm(t, w.view(3, 8, 4)), x(3, 5, 8), x(24, 4))
+    assert (count(gm, ours.mm.default), count(gm, ours.bmm.default)) == (0, 1)
+
+
 # --------------------------------------------------------------------------------- visible ranges
 
 

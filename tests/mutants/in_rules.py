@@ -279,6 +279,14 @@ MUTANTS = (
         (*RULES, "-k", "repeat"),
     ),
     Mutant(
+        "any matrix that is viewed as a batch is taken for one",
+        "passes/one_matrix.py",
+        "same = len(matrix) == 2 and all(",
+        "same = len(matrix) == 2 or all(",
+        "a batch of matrices of their own cannot be compiled",
+        (*RULES, "-k", "matrices"),
+    ),
+    Mutant(
         "the gradient of a repeated V is that of K",
         "passes/repeat_kv.py",
         "part = emit(operator.getitem, new, i)",
