@@ -2,11 +2,11 @@
 
     python -m bicompile.tune --times kernels/matmul/times-sm9.0.json --json FILE
 
-times each schedule with few and many tiles for each multiprocessor, in a CUDA graph and with
-weights that are not in the L2 cache, and keeps as few as leave no size more than TOLERANCE slower.
-Then it races them on layers of models: what the launch would take against the fastest of its
-entries, and against what PyTorch calls. Schedules with other bits than the single one are left out
-and named. What is kept is used as far as a certificate lists it (`bicompile verify`);
+times each schedule with few and many tiles for each multiprocessor, in a CUDA graph, behind a norm
+and with weights that are not in the L2 cache, and keeps as few as leave no size more than TOLERANCE
+slower. Then it races them on layers of models: what the launch would take against the fastest of
+its entries, and against what PyTorch calls. Schedules with other bits than the single one are left
+out and named. What is kept is used as far as a certificate lists it (`bicompile verify`);
 `--certified` times those alone that one lists, so nothing needs to be verified after it.
 """
 
@@ -326,6 +326,25 @@ def race(
 
 
 def _time(call: Callable[..., Any], operands: Sequence[Any]) -> float:
+    """Seconds of one call behind a norm of its rows, as in a model, without those of the norm.
+
+    Products that follow each other alone overlap: tiles of the next fill what a last wave leaves.
+    """
+    from bicompile.kernels.norm import gpu
+
+    rms_norm: Callable[..., Any] = gpu.rms_norm
+
+    def norm(x: torch.Tensor, *_: Any) -> None:
+        rms_norm(x, 1, None, 1e-6, 0.0, True)
+
+    def both(*given: Any) -> None:
+        norm(*given)
+        call(*given)
+
+    return _replayed(both, operands) - _replayed(norm, operands)
+
+
+def _replayed(call: Callable[..., Any], operands: Sequence[Any]) -> float:
     """Seconds of one call: the least of several replays of a CUDA graph of LAUNCHES calls."""
     call(*operands[0])
     graph = torch.cuda.CUDAGraph()
