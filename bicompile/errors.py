@@ -226,8 +226,8 @@ class SweepFailed(BicompileError):
 
     what = "the sweep stopped at {problem}\n{output}"
     next = (
-        "report it with the text above; nothing was certified, so the kernels run on one schedule "
-        "for all sizes"
+        "report it with the text above; its bit class was not certified, so its kernels run on one "
+        "schedule for all sizes"
     )
 
 

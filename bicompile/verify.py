@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -15,8 +16,8 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from rich.table import Table
 from bicompile import __version__, certificate
 from bicompile.certificate import INTERPRETED, Certificate, Family, Listing, Machine, sources
 from bicompile.errors import GpuNotFound, SweepFailed
+from bicompile.pool import gpu_is_lost
 
 if TYPE_CHECKING:
     from bicompile.sweep import BitClass, Depth, Difference, Outcome
@@ -59,6 +61,7 @@ class Result:
         single: the schedule the others were held against.
         schedules: all that were tried.
         outcome: what was seen.
+        failure: the first problem that could not be tried to its end.
     """
 
     family: str
@@ -66,12 +69,15 @@ class Result:
     single: str
     schedules: tuple[str, ...]
     outcome: Outcome
+    failure: SweepFailed | None = None
 
     @property
     def members(self) -> tuple[str, ...]:
-        """The schedules with equal bits; none where the single one disagrees with itself."""
+        """The schedules with equal bits; none after a failure, or if the single one has others."""
         out = {d.schedule for d in self.outcome.differences}
-        return () if self.single in out else tuple(s for s in self.schedules if s not in out)
+        if self.failure or self.single in out:
+            return ()
+        return tuple(s for s in self.schedules if s not in out)
 
     @property
     def splits(self) -> list[Difference]:
@@ -116,6 +122,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         path = certify(results, machine, kept).write(folder)
         console.print(f"Certificate: {path}", soft_wrap=True)
+    failures = [r.failure for r in results if r.failure]
+    for failure in failures[1:]:
+        console.print(escape(str(failure)), soft_wrap=True)
+    if failures:
+        raise failures[0]
     return 1 if any(r.splits or not r.members for r in results) else 0
 
 
@@ -136,22 +147,23 @@ def modules() -> dict[str, str]:
 def sweep(names: Sequence[str], depth: Depth, jobs: int) -> list[Result]:
     """Run all problems of some modules, each in one of `jobs` processes that share the GPUs.
 
-    Most of the time goes into compiling kernels, on cores; a process compiles and runs its own.
-
-    Raises:
-        SweepFailed: a kernel did not compile or crashed.
+    Most of the time goes into compiling kernels, on cores; a process compiles and runs its own. A
+    kernel that does not compile or crashes ends the sweep of its bit class and of no other.
     """
     from bicompile.sweep import join
 
-    found: dict[tuple[str, int], list[Outcome]] = defaultdict(list)
+    found: dict[tuple[str, int], list[Outcome | SweepFailed]] = defaultdict(list)
     items = [item for name in names for item in _items(name, depth)]
-    for item, outcome in zip(items, _outcomes(items, jobs), strict=True):
-        found[item.module, item.bit_class].append(outcome)
+    tried = _tried(items, jobs)
+    for item in items:
+        found[item.module, item.bit_class].append(tried[item])
     results = []
     for (name, number), outcomes in found.items():
         c = _classes(name, depth)[number]
         schedules = tuple(map(repr, (c.single, *c.others)))
-        results.append(Result(c.family, c.name, schedules[0], schedules, join(outcomes)))
+        failure = next((o for o in outcomes if isinstance(o, SweepFailed)), None)
+        joined = join([o for o in outcomes if not isinstance(o, SweepFailed)])
+        results.append(Result(c.family, c.name, schedules[0], schedules, joined, failure))
     return results
 
 
@@ -162,32 +174,53 @@ def _items(module: str, depth: Depth) -> Iterator[Item]:
                 yield Item(module, depth, i, j, part)
 
 
-def _outcomes(items: Sequence[Item], jobs: int) -> Iterator[Outcome]:
-    """The outcome of each item, in order, with a bar that lives while they come in."""
+def _tried(items: Sequence[Item], jobs: int) -> dict[Item, Outcome | SweepFailed]:
+    """What came out of each item, with a bar that lives while they come in.
+
+    What was left when a process died, or had lost the GPU, others try again, at last one by one.
+    """
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     console = Console(file=sys.stderr)
+    found: dict[Item, Outcome | SweepFailed] = {}
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         task = progress.add_task(f"problems, {jobs} processes", total=len(items))
+
+        def keep(item: Item, outcome: Outcome | SweepFailed | None) -> None:
+            if outcome is not None:
+                found[item] = outcome
+                progress.advance(task)
+
         if jobs == 1:
             for item in items:
-                yield work(item)
-                progress.advance(task)
-            return
-        context = multiprocessing.get_context("spawn")  # a forked process has no working CUDA
-        begun = context.Value("i", 0)
-        with ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(begun,)) as pool:
+                keep(item, work(item))
+        left, before = list(items), -1
+        while left := [i for i in left if i not in found]:
             # Neighbours need the same kernels: side by side, each process would compile them.
-            mixed = random.Random(0).sample(items, len(items))
-            futures = {item: pool.submit(work, item) for item in mixed}
-            for future in futures.values():
-                future.add_done_callback(lambda _: progress.advance(task))
-            try:
-                for item in items:
-                    yield futures[item].result()
-            except BrokenProcessPool:
-                raise SweepFailed(problem="an unknown problem", output="a process died") from None
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+            random.Random(0).shuffle(left)
+            together = len(found) > before
+            before = len(found)
+            for some in [left] if together else [[i] for i in left]:
+                _try_once(some, jobs, keep)
+            if not together:
+                break
+    for item in items:
+        if item not in found:
+            found[item] = SweepFailed(problem=_where(item), output="its process died")
+    return found
+
+
+def _try_once(items: Sequence[Item], jobs: int, keep: Callable[..., None]) -> None:
+    """Hand each item to one of `jobs` processes, as long as none of them dies."""
+    context = multiprocessing.get_context("spawn")  # a forked process has no working CUDA
+    begun = context.Value("i", 0)
+    with ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(begun,)) as pool:
+        futures = {pool.submit(work, item): item for item in items}
+        try:
+            for future in as_completed(futures):
+                with contextlib.suppress(BrokenProcessPool):
+                    keep(futures[future], future.result())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _start(begun: Any) -> None:
@@ -204,19 +237,24 @@ def _start(begun: Any) -> None:
     torch.cuda.set_device(alike[place % len(alike)])
 
 
-def work(item: Item) -> Outcome:
-    """Run a part of a problem; called in a process of the sweep."""
+def work(item: Item) -> Outcome | SweepFailed | None:
+    """Run a part of a problem; called in a process of the sweep. None: it has no GPU any more."""
     from bicompile.sweep import check
 
+    if not INTERPRETED and gpu_is_lost():
+        return None
     bit_class = _classes(item.module, item.depth)[item.bit_class]
     problem = bit_class.problems[item.problem]
     try:
         return check(bit_class, problem, "cpu" if INTERPRETED else "cuda", item.part)
     except Exception as error:
-        where = f"{bit_class.family}, {bit_class.name}, {problem.name}"
-        raise SweepFailed(
-            problem=where, output=f"{type(error).__name__}: {error}"[-4000:]
-        ) from None
+        text = f"{type(error).__name__}: {error}"[-4000:]
+        return SweepFailed(problem=_where(item), output=text)
+
+
+def _where(item: Item) -> str:
+    bit_class = _classes(item.module, item.depth)[item.bit_class]
+    return f"{bit_class.family}, {bit_class.name}, {bit_class.problems[item.problem].name}"
 
 
 @functools.cache
