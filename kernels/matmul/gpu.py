@@ -9,7 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bicompile.kernels.common.launch import after_others, capability, is_aligned, launch, processors
 from bicompile.kernels.common.trees import strides
-from bicompile.kernels.matmul.schedules import PART, Schedule, kind_of
+from bicompile.kernels.matmul.schedules import PART, SINGLE, Schedule, kind_of
 from bicompile.kernels.matmul.table import schedule
 from bicompile.kernels.matmul.tiles import chain, chain_of_blocks, put, tile_of
 
@@ -137,10 +137,13 @@ def _kind(x: torch.Tensor, tf32: bool) -> str:
 
 
 def _choose(kind: str, a, weights, n: int, chosen: Schedule | None) -> Schedule:
-    """The schedule for n columns of a [B, M, K] @ weights; no weights: descriptors are not used."""
+    """The schedule for n columns of a [B, M, K] @ weights; no weights: descriptors are not used.
+
+    One that is given and needs descriptors, which these operands cannot have, is not obeyed.
+    """
     blocks = bool(weights) and _fits_blocks(a, weights, n)
     if chosen is not None:
-        s = chosen if blocks else chosen.with_pointers()
+        s = chosen if blocks or not chosen.tma else SINGLE[kind]
     else:
         device = capability(a.device), processors(a.device)
         s = schedule(kind, *device, a.shape[1], n * a.shape[0], a.shape[2], blocks)

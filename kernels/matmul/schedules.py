@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -35,12 +35,6 @@ class Schedule:
     def columns(self) -> tuple[int, int]:
         """Columns of the tile's first product and of its second; 0 if it is one product."""
         return (self.bn // 3 * 2, self.bn // 3) if self.bn % 3 == 0 else (self.bn, 0)
-
-    def with_pointers(self) -> Schedule:
-        """As good as the same tiles for operands that no tensor descriptor can stand for."""
-        if not self.tma:
-            return self
-        return replace(self, bn=self.columns[0], tma=False, persistent=False, parts=1)
 
 
 PART = 32  # pinned: terms of one chain of an "ieee" product, so its bk
