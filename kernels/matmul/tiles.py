@@ -15,10 +15,11 @@ GROUP = tl.constexpr(8)  # rows of tiles that share their columns in L2
 
 @triton.jit
 def tile_of(tile, num_m, num_n):
-    """Tile number -> (tile row, tile column), GROUP rows of tiles at a time."""
-    per = GROUP * num_n
-    first = tile // per * GROUP
-    size = tl.minimum(num_m - first, GROUP)
+    """Tile number -> (tile row, tile column), GROUP rows of tiles at a time; or all, if few."""
+    group = tl.where(num_m <= 2 * GROUP, num_m, GROUP)
+    per = group * num_n
+    first = tile // per * group
+    size = tl.minimum(num_m - first, group)
     return first + tile % per % size, tile % per // size
 
 
