@@ -49,12 +49,13 @@ def mlp(t, w, v):
 
 def _served(built, *sizes):
     """The tiles that were built, among them those of any number of rows of matrices [K, N]."""
-    names = "BM", "BN", "BK", "num_warps", "num_stages"
-    tiles = {tuple(o[n] for n in names) for kernel, o in built if kernel != "rms_norm_kernel"}
+    names = "BM", "BN", "BK", "num_warps", "num_stages", "MASKED"
+    products = [o for kernel, o in built if kernel != "rms_norm_kernel"]
+    tiles = {tuple(o.get(n, False) for n in names) for o in products}
     for n, k in sizes:
         for m in range(2, 5000):
             s = ranked("half", "9.0", 132, m, n, k, True)[-1]
-            assert (s.bm, s.columns[0], s.bk, s.warps, s.stages) in tiles, m
+            assert (s.bm, s.columns[0], s.bk, s.warps, s.stages, s.masked) in tiles, m
     return tiles
 
 

@@ -16,7 +16,8 @@ class Schedule:
 
     With `tma` the operands are read as blocks of tensor descriptors, which needs rows that start at
     multiples of 16 bytes. `persistent`: as many programs as multiprocessors, each with many tiles.
-    `parts`: column parts in which a tile is stored.
+    `parts`: column parts in which a tile is stored. `masked` (with `tma`): the left operand is read
+    and the result is stored by pointers, so that rows of a tile beyond the matrix move no bytes.
 
     Triton's blocks are powers of two. Tiles of three times a power of two columns (tma alone) are
     two products, of two thirds and of one third of the columns.
@@ -30,6 +31,7 @@ class Schedule:
     tma: bool = False
     persistent: bool = False
     parts: int = 1
+    masked: bool = False
 
     @property
     def columns(self) -> tuple[int, int]:
