@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 from bicompile.kernels.common import launch as launching
 from bicompile.kernels.matmul import gpu as matmul
 from bicompile.kernels.matmul.table import ranked
-from bicompile.kernels.reduce import gpu as reduce
+from bicompile.kernels.reduce import parts, rows
 
 KERNELS = registry.load_all()
 
@@ -35,7 +35,8 @@ def built(monkeypatch):
         asked.append((kernel.__name__, options))
 
     monkeypatch.setattr(matmul, "launch", launch)
-    monkeypatch.setattr(reduce, "launch", launch)
+    for module in (rows, parts):
+        monkeypatch.setattr(module, "launch", launch)
     monkeypatch.setattr(certificate, "permits", lambda *a: True)
     monkeypatch.setattr(launching, "capability", lambda device: "9.0")
     monkeypatch.setattr(matmul, "capability", lambda device: "9.0")

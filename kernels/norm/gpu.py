@@ -17,7 +17,7 @@ from bicompile.kernels.common.trees import (
     rsqrt,
     strides,
 )
-from bicompile.kernels.reduce.gpu import launch_rows, row_sum, rows_of
+from bicompile.kernels.reduce.rows import launch_rows, row_sum, rows_of
 
 
 @triton.jit

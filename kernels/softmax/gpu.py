@@ -15,21 +15,23 @@ from bicompile.kernels.common.trees import (
     positions,
     strides,
 )
-from bicompile.kernels.reduce.gpu import (
-    as_rows,
+from bicompile.kernels.reduce.parts import (
     blocks_of,
     exp_parts,
     joined,
     lanes,
     launch_parts,
-    launch_rows,
     part_of,
+    top_of,
+)
+from bicompile.kernels.reduce.rows import (
+    as_rows,
+    launch_rows,
     row_extreme,
     row_schedule,
     row_sum,
     row_sum_times,
     rows_of,
-    top_of,
 )
 
 

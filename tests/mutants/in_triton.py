@@ -14,7 +14,7 @@ CONVOLUTION = ("tests/test_triton_convolution.py",)
 MUTANTS = (
     Mutant(
         "lanes follow the rows",
-        "kernels/reduce/gpu.py",
+        "kernels/reduce/rows.py",
         "    j, lanes = row_shape(k)\n",
         "    j, lanes = row_shape(k if m > 3 else k // 2)\n",
         "few rows are summed in blocks of another size",
@@ -22,7 +22,7 @@ MUTANTS = (
     ),
     Mutant(
         "a sum without a mask",
-        "kernels/reduce/gpu.py",
+        "kernels/reduce/rows.py",
         "            x = tl.where(k < K, x, 0.0)\n",
         "            pass\n",
         "places behind the end of a row enter variances",
@@ -30,7 +30,7 @@ MUTANTS = (
     ),
     Mutant(
         "the blocks of a row in parts lose the last",
-        "kernels/reduce/gpu.py",
+        "kernels/reduce/parts.py",
         "            mask = here & (first + i < end)",
         "            mask = here & (first + i < tl.maximum(end - 1, 1))",
         "few long rows, whose blocks several programs fold, miss terms",
