@@ -161,16 +161,18 @@ def as_rows(x: torch.Tensor, dim: list[int]) -> tuple[torch.Tensor, list[int]]:
     return (x if k < 2 or x.stride(1) < 2 else x.contiguous()), shape
 
 
-def row_schedule(x, family="reduce", crowded=False, cut=True):
-    """The table's schedule of a family's kernel for x [M, K]; cut: it can have rows in parts."""
+def row_schedule(x, family="reduce", crowded=False, held=False, cut=True):
+    """The table's schedule of a family's kernel for x [M, K] (see `schedules.wanted`)."""
     m, k = x.shape
-    return schedule(family, m, k, math.prod(row_shape(k)), crowded, cut)
+    return schedule(family, m, k, math.prod(row_shape(k)), crowded, held, cut)
 
 
-def launch_rows(kernel, x, *args, family="reduce", crowded=False, chosen=None, **constants):
+def launch_rows(
+    kernel, x, *args, family="reduce", crowded=False, held=False, chosen=None, **constants
+):
     """Run a row kernel of a family over x [M, K] on the chosen schedule, or one of whole rows."""
     m, k = x.shape
     j, lanes = row_shape(k)
-    s = chosen or row_schedule(x, family, crowded, cut=False)
+    s = chosen or row_schedule(x, family, crowded, held, cut=False)
     programs = triton.cdiv(m, s.rows)
     launch(kernel, programs, x, *args, **constants, R=s.rows, J=j, L=lanes, num_warps=s.warps)

@@ -45,6 +45,14 @@ MUTANTS = (
         ("tests/test_triton_order.py",),
     ),
     Mutant(
+        "a block in registers is folded by neighbours",
+        "kernels/common/blocks.py",
+        "            x = tl.sum(tl.reshape(x, [R, L, 2, J >> (i + 1)]), 2)",
+        "            x = tl.sum(tl.reshape(x, [R, L, J >> (i + 1), 2]), 3)",
+        "the pinned order of a block that is loaded once",
+        ("tests/test_triton_order.py",),
+    ),
+    Mutant(
         "lanes are joined from afar",
         "kernels/common/trees.py",
         "            v = _pairs(tl.reshape(v, [R, W >> (i + 1), 2]), 2, MUL)",
@@ -63,10 +71,10 @@ MUTANTS = (
     Mutant(
         "the sum of a softmax is in float32",
         "kernels/softmax/gpu.py",
-        "        total = block_sum(e.to(tl.float64), R, J, L).to(tl.float32)[:, None, None]",
-        "        total = block_sum(e, R, J, L)[:, None, None]",
+        "        total = held_sum(e.to(tl.float64), R, J, L).to(tl.float32)[:, None, None]",
+        "        total = held_sum(e, R, J, L)[:, None, None]",
         "rows of one block have another rounding than long ones",
-        ROWS,
+        ("tests/test_triton_order.py",),
     ),
     Mutant(
         "the gradient of a query has no holes",
