@@ -13,7 +13,8 @@ from bicompile.kernels.common.launch import after_others, launch
 from bicompile.kernels.common.trees import BLOCK, LANES, pair_tree, strides
 from bicompile.kernels.reduce.rows import block_lanes, row_extreme
 
-CHAIN = 64  # more blocks than these are joined in stages: programs that need the sum are many
+CHAIN = 64  # more blocks of a row, or ..
+BLOCKS = 1024  # .. of all rows are joined in stages: programs that need the sum are many
 NODES = 16  # programs that the first stage has for a row
 
 
@@ -140,7 +141,7 @@ def lanes(x, s, op, p=0.0, shift=None, finite=False, times=None):
         *((0, 0) if times is None else strides(times)), s.blocks, s.parts(k), p,
         OP=op, FINITE=finite,
     )  # fmt: skip
-    if blocks <= CHAIN:
+    if blocks <= CHAIN and m * blocks <= BLOCKS:
         return out
     nodes = torch.empty(m, 1, NODES, dtype=torch.float64, device=x.device)
     mul = op == "prod"

@@ -28,7 +28,7 @@ class Entry:
         block: terms of a block; 0: of rows of several blocks.
         single: serves any rows.
         many: serves many rows.
-        few: the last serves few rows of a kernel that holds its block in registers.
+        held: bounds of rows, rising, and what serves a kernel that holds its block in registers.
         parts: serve long rows, in parts.
     """
 
@@ -36,29 +36,38 @@ class Entry:
     block: int
     single: Schedule
     many: Schedule
-    few: tuple[Schedule, ...] = ()
+    held: tuple[tuple[int, Schedule], ...] = ()
     parts: tuple[Schedule, ...] = ()
 
     def schedules(self, cut: bool = True) -> tuple[Schedule, ...]:
         """All of them; without `cut` those of kernels that have whole rows only."""
-        return self.single, self.many, *self.few, *(self.parts if cut else ())
+        found = self.single, self.many, *(s for _, s in self.held), *(self.parts if cut else ())
+        return tuple(dict.fromkeys(found))
 
 
 FEW = 256  # rows that leave processors idle
+ANY = 1 << 62  # rows
 
-WARPS = Schedule(1, 4), Schedule(1, 8)
-
-#: By terms of a block. Of many rows each warp has one for itself where that fits: LANES terms of
-#: two bytes are what a warp loads at once, and nothing goes through shared memory. Few rows leave
-#: processors idle, so that several warps share a row.
+#: By terms of a block. Each warp has a row for itself where that fits: LANES terms of two bytes are
+#: what a warp loads at once, and nothing goes through shared memory. What is held in registers is
+#: shared by warps, if rows are few or a warp would hold too much.
 TABLE = (
     Entry("block 16", 16, Schedule(16, 1), Schedule(128, 4)),
     Entry("block 64", 64, Schedule(4, 1), Schedule(32, 4)),
     Entry("block 256", 256, Schedule(1, 1), Schedule(16, 4)),
-    Entry("block 1024", 1024, Schedule(1, 1), Schedule(2, 2), WARPS[:1]),
-    Entry("block 2048", 2048, Schedule(1, 1), Schedule(2, 2), WARPS),
-    Entry("block 4096", 4096, Schedule(1, 1), Schedule(1, 2), WARPS),
-)
+    Entry(
+        "block 1024", 1024, Schedule(1, 1), Schedule(2, 2),
+        held=((FEW, Schedule(1, 4)), (ANY, Schedule(2, 2))),
+    ),
+    Entry(
+        "block 2048", 2048, Schedule(1, 1), Schedule(2, 2),
+        held=((1024, Schedule(1, 4)), (ANY, Schedule(1, 2))),
+    ),
+    Entry(
+        "block 4096", 4096, Schedule(1, 1), Schedule(1, 2),
+        held=((128, Schedule(1, 8)), (ANY, Schedule(1, 4))),
+    ),
+)  # fmt: skip
 
 PARTS = Schedule(1, 2, blocks=1), Schedule(1, 4, blocks=4)
 
@@ -112,8 +121,8 @@ def wanted(
     blocks = -(-k // BLOCK)
     if cut and blocks > 2 and rows <= min(CUT, 4 * blocks):
         return e.parts[rows > 1 and rows * blocks >= BLOCKS]
-    if held and e.few and rows <= FEW:
-        return e.few[-1]
+    if held and e.held:
+        return next(s for bound, s in e.held if rows <= bound)
     if e.block == 4096:
         apart = crowded or (family == "softmax" and rows <= SOME)
     else:
