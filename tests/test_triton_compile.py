@@ -1,5 +1,6 @@
 """Triton kernels compiled for sm_90, without a GPU: what equal bits need of the compiler."""
 
+import importlib
 import re
 
 import pytest
@@ -11,7 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from bicompile import certificate
+from bicompile import certificate, verify
+from bicompile.sweep import Depth, make
 from bicompile.tune import SHARED
 
 
@@ -115,3 +117,15 @@ def test_gradients_of_attention_compile(compiled, masked, dtype, size):
     assert {"query_kernel", "key_kernel"} <= set(compiled)
     if dtype is torch.bfloat16:
         assert _operand_layouts(compiled["query_kernel"]) <= {2}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("family", sorted(verify.modules()))
+def test_what_verify_tries_compiles(compiled, family):
+    """On a GPU, a kernel that does not compile costs a verification."""
+    for bit_class in importlib.import_module(verify.modules()[family]).classes(Depth.QUICK):
+        for problem in bit_class.problems:
+            tensors = make(problem, problem.values[0], "cpu")
+            for schedule in (bit_class.single, *bit_class.others):
+                problem.run(tensors, schedule)
+    assert compiled
