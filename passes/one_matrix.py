@@ -9,9 +9,9 @@ the weight needs no gradient::
 
 becomes::
 
-    %r = aten.reshape.default(%x, [-1, K])
+    %r = aten.reshape.default(%x, [B * M, K])
     %p = aten.mm.default(%r, %t)
-    %y = aten.reshape.default(%p, [B, -1, N])
+    %y = aten.reshape.default(%p, [B, M, N])
 
 because then all rows read the matrix once: the head of a language model, read for each sequence of
 a batch of 8, took 2.15 ms of an H200 instead of 0.28.
@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bicompile.graph import Emit, value
-from bicompile.passes.rules.common import size
+from bicompile.passes.rules.common import product, size
 
 aten = torch.ops.aten
 _VIEWS = (aten.expand.default, aten.view.default, aten._unsafe_view.default)
@@ -37,14 +37,13 @@ def multiply_one_matrix(gm: GraphModule, *, run) -> None:
         matrix = _before_expansion(other)
         if matrix is None or not run.fuel():
             continue
-        batch, _, k = value(x).shape
         emit = Emit(node)
-        rows = emit(aten.reshape.default, x, [-1, size(emit, x, 2, k)])
-        found = emit(aten.mm.default, rows, matrix)
+        batch, m, k = (size(emit, x, i, known) for i, known in enumerate(value(x).shape))
         n = size(emit, other, 2, value(other).shape[2])
-        shape = [size(emit, x, 0, batch), size(emit, x, 1, value(x).shape[1]), n]
+        rows = emit(aten.reshape.default, x, [product(emit, [batch, m]), k])
+        found = emit(aten.mm.default, rows, matrix)
         run.decide(node, "one matrix for all of the batch", became=str(aten.mm.default))
-        emit.take_place(emit(aten.reshape.default, found, shape))
+        emit.take_place(emit(aten.reshape.default, found, [batch, m, n]))
 
 
 def _before_expansion(node: Node) -> Node | None:

@@ -298,6 +298,13 @@ def test_a_batch_meets_one_matrix_in_one_product(dynamic):
         assert torch.equal(whole(t), apart(t))
 
 
+def test_one_matrix_without_terms():
+    """No size follows from the others where there are no elements."""
+    torch._dynamo.reset()
+    product = bicompile.compile(lambda t, w: torch.bmm(t, w.expand(3, 0, 4)))
+    assert torch.equal(product(x(3, 5, 0), x(0, 4)), torch.zeros(3, 5, 4))
+
+
 def test_matrices_of_their_own_stay_a_batch():
     gm, _, _, _ = rewrite(lambda t, w: torch.bmm(t, w.view(3, 8, 4)), x(3, 5, 8), x(24, 4))
     assert (count(gm, ours.mm.default), count(gm, ours.bmm.default)) == (0, 1)
