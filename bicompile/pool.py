@@ -81,6 +81,17 @@ def each(
             pool.stop()  # type: ignore[no-untyped-call]
 
 
+def take_a_gpu(begun: Any) -> None:
+    """Give this process one of the GPUs that are like the first; `begun` counts the processes."""
+    import torch
+
+    with begun.get_lock():
+        place, begun.value = begun.value, begun.value + 1
+    name = torch.cuda.get_device_name
+    alike = [i for i in range(torch.cuda.device_count()) if name(i) == name(0)]
+    torch.cuda.set_device(alike[place % len(alike)])
+
+
 def gpu_is_lost() -> bool:
     """Whether a kernel failed in this process such that all that follow fail, too."""
     import torch
@@ -116,12 +127,8 @@ def _travels(error: Exception) -> bool:
 
 def _begin(device: str, begun: Any, begin: Callable[[], None] | None) -> None:
     """Make a process ready; `begun` counts them."""
-    import torch
-
-    with begun.get_lock():
-        place, begun.value = begun.value, begun.value + 1
     if device == "cuda":
-        torch.cuda.set_device(place % torch.cuda.device_count())
+        take_a_gpu(begun)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     if begin:

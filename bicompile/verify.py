@@ -32,7 +32,7 @@ from rich.table import Table
 from bicompile import __version__, certificate
 from bicompile.certificate import INTERPRETED, Certificate, Family, Listing, Machine, sources
 from bicompile.errors import GpuNotFound, SweepFailed
-from bicompile.pool import gpu_is_lost
+from bicompile.pool import gpu_is_lost, take_a_gpu
 
 if TYPE_CHECKING:
     from bicompile.sweep import BitClass, Depth, Difference, Outcome
@@ -224,17 +224,12 @@ def _try_once(items: Sequence[Item], jobs: int, keep: Callable[..., None]) -> No
 
 
 def _start(begun: Any) -> None:
-    """Make a process ready; `begun` counts them: GPUs like the first are taken in turn."""
+    """Make a process ready; `begun` counts them."""
     import torch
 
     torch.set_num_threads(1)
-    if INTERPRETED:
-        return
-    with begun.get_lock():
-        place, begun.value = begun.value, begun.value + 1
-    name = torch.cuda.get_device_name
-    alike = [i for i in range(torch.cuda.device_count()) if name(i) == name(0)]
-    torch.cuda.set_device(alike[place % len(alike)])
+    if not INTERPRETED:
+        take_a_gpu(begun)
 
 
 def work(item: Item) -> Outcome | SweepFailed | None:
