@@ -126,7 +126,7 @@ def _travels(error: Exception) -> bool:
 
 
 def _begin(device: str, begun: Any, begin: Callable[[], None] | None) -> None:
-    """Make a process ready; `begun` counts them."""
+    """Make a process ready; `begun` counts those with a GPU."""
     if device == "cuda":
         take_a_gpu(begun)
     warnings.simplefilter("ignore")

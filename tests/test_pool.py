@@ -56,12 +56,14 @@ def test_a_process_that_lost_its_gpu_is_replaced():
 
 def test_processes_share_out_the_gpus(monkeypatch):
     chosen = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    names = ["H200", "T4", "H200"]  # what a T4 says is no evidence for the others
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_name", names.__getitem__)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     begun = multiprocessing.get_context("spawn").Value("i", 0)
     monkeypatch.setattr(pool.logging, "disable", lambda level: None)
     monkeypatch.setattr(pool.warnings, "simplefilter", lambda action: None)
     for device in ("cuda", "cuda", "cuda", "cpu"):
         pool._begin(device, begun, None)
-    assert chosen == [0, 1, 0]
-    assert begun.value == 4
+    assert chosen == [0, 2, 0]
+    assert begun.value == 3
