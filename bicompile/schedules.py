@@ -144,8 +144,9 @@ def _rows_cuda(family: str, name: str, args: Arguments) -> Choice:
     rows = total // k if k else 0
     entry = rows_table.entry(k, min(1 << (max(k, 1) - 1).bit_length(), BLOCK))
     crowded = name in ("layer_norm", "group_norm", "layer_norm_backward", "group_norm_backward")
+    held = name in ("softmax", "rms_norm", "layer_norm", "group_norm")
     cut = family != "norm"
-    wanted = rows_table.wanted(family, rows, k, entry, crowded, cut)
+    wanted = rows_table.wanted(family, rows, k, entry, crowded, held, cut)
     chosen = _served(family, entry.name, wanted, entry.single)
     return _choice(chosen, entry.schedules(cut))
 

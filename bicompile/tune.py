@@ -129,13 +129,15 @@ def line(raced: Raced) -> str:
 def candidates(kind: str, rows: int, certified: bool = False) -> Iterator[Schedule]:
     """Schedules whose tiles suit a number of rows and fit the shared memory.
 
-    Blocks that reach beyond a matrix are slow, so with descriptors a tile has not more rows.
+    Blocks that reach beyond a matrix are slow, so only with masks a tile has more rows: also 64,
+    the least that the tensor cores of sm_90 read from shared memory.
     """
     least = max(16, min(1 << (rows.bit_length() - 1), 128))  # rows of a tile
     most = max(16, min(1 << (rows - 1).bit_length(), 128))
-    for bm in sorted({least, most, max(16, most // 2) if rows < 256 else most}):
+    wide = 64 if 16 < rows < 64 else most
+    for bm in sorted({least, most, max(16, most // 2) if rows < 256 else most, wide}):
         for s in _certified(bm, kind) if certified else _tiles(bm, rows, _factors(kind)):
-            if not s.tma or bm <= least:
+            if s.masked or bm <= (least if s.tma else most):
                 yield s
 
 
@@ -167,6 +169,8 @@ def _tiles(bm: int, rows: int, factors: int) -> Iterator[Schedule]:
             if stages < 3 or stages * stage < 48 << 10:
                 continue
             yield Schedule(bm, bn, bk, warps, stages, True)
+            if rows < 256:
+                yield Schedule(bm, bn, bk, warps, stages, True, masked=True)
             if bn % 3 and area <= 8192 * factors and rows <= 256:
                 yield Schedule(bm, bn, bk, warps, stages)
         if bm == 128 and area >= 16384 and bk == 64:
@@ -263,11 +267,11 @@ def time_waves(
 def needed(entries: Sequence[Entry], tolerance: float, processors: int) -> list[Entry]:
     """Entries of as few schedules as keep the best time of each size within a tolerance.
 
-    Operands that no descriptor can stand for have entries of their own, four times as far off.
+    Operands that no descriptor can stand for, and q, k and v in one kernel, have their own entries.
     """
     pointers = [e for e in entries if not e.schedule.tma]
     some = _cover(entries, tolerance, processors, set())
-    some |= _cover(pointers, 4 * tolerance, processors, some)
+    some |= _cover(pointers, 2 * tolerance, processors, some)
     kept = {e for found in (entries, pointers) for e in _fastest(found, some, processors)}
     return [e for e in entries if e in kept]
 

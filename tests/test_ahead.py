@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 from bicompile.kernels.common import launch as launching
 from bicompile.kernels.matmul import gpu as matmul
 from bicompile.kernels.matmul.table import ranked
-from bicompile.kernels.reduce import gpu as reduce
+from bicompile.kernels.reduce import parts, rows
 
 KERNELS = registry.load_all()
 
@@ -35,7 +35,8 @@ def built(monkeypatch):
         asked.append((kernel.__name__, options))
 
     monkeypatch.setattr(matmul, "launch", launch)
-    monkeypatch.setattr(reduce, "launch", launch)
+    for module in (rows, parts):
+        monkeypatch.setattr(module, "launch", launch)
     monkeypatch.setattr(certificate, "permits", lambda *a: True)
     monkeypatch.setattr(launching, "capability", lambda device: "9.0")
     monkeypatch.setattr(matmul, "capability", lambda device: "9.0")
@@ -49,12 +50,13 @@ def mlp(t, w, v):
 
 def _served(built, *sizes):
     """The tiles that were built, among them those of any number of rows of matrices [K, N]."""
-    names = "BM", "BN", "BK", "num_warps", "num_stages"
-    tiles = {tuple(o[n] for n in names) for kernel, o in built if kernel != "rms_norm_kernel"}
+    names = "BM", "BN", "BK", "num_warps", "num_stages", "MASKED"
+    products = [o for kernel, o in built if kernel != "rms_norm_kernel"]
+    tiles = {tuple(o.get(n, False) for n in names) for o in products}
     for n, k in sizes:
         for m in range(2, 5000):
             s = ranked("half", "9.0", 132, m, n, k, True)[-1]
-            assert (s.bm, s.columns[0], s.bk, s.warps, s.stages) in tiles, m
+            assert (s.bm, s.columns[0], s.bk, s.warps, s.stages, s.masked) in tiles, m
     return tiles
 
 

@@ -129,3 +129,15 @@ def test_what_verify_tries_compiles(compiled, family):
             for schedule in (bit_class.single, *bit_class.others):
                 problem.run(tensors, schedule)
     assert compiled
+
+
+@pytest.mark.parametrize("k", [16, 576, 4096, 5000])
+def test_norms_compile_with_and_without_weights(compiled, k):
+    """Of one block and of more: a name that is None before a loop cannot be given a value in it."""
+    from bicompile.kernels.norm import gpu
+
+    x, w = torch.zeros(3, k), torch.zeros(k)
+    for weight in (w, None):
+        gpu.rms_norm(x, 1, weight, 1e-6, 0.0, True)
+        gpu.layer_norm(x, 1, weight, weight, 1e-5)
+    assert set(compiled) == {"rms_norm_kernel", "layer_norm_kernel"}

@@ -25,6 +25,7 @@ from bicompile import registry, testing
 from bicompile.kernels.common.trees import row_shape
 from bicompile.kernels.norm import gpu as norm
 from bicompile.kernels.reduce import gpu as reduce
+from bicompile.kernels.reduce import parts
 from bicompile.kernels.reduce import schedules as reduce_schedules
 from bicompile.kernels.softmax import gpu as softmax
 
@@ -106,7 +107,7 @@ def test_rows_in_parts(op, k):
 @law
 def test_nodes_of_very_long_rows(monkeypatch):
     """Of so many blocks that a stage of their own joins them."""
-    monkeypatch.setattr(reduce, "CHAIN", 1)
+    monkeypatch.setattr(parts, "CHAIN", 1)
     x = randn(3, 9000)
     for op in ("sum", "softmax", "softmax_statistics", "logsumexp", "softmax_backward"):
         f = ROW_OPS[op]

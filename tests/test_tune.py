@@ -23,7 +23,8 @@ def test_candidates_fit_the_device(rows, kind):
         assert (s.bm + s.bn * factors) * s.bk * 2 * s.stages <= tune.SHARED
         assert s.bm * s.bn * factors <= 128 * 256
         assert s.tma or not (s.persistent or s.columns[1])
-        assert not s.tma or s.bm <= max(rows, 16)
+        assert not s.tma or s.masked or s.bm <= max(rows, 16)
+        assert s.tma or not s.masked
     assert {s.tma for s in found} == {False, True}
 
 
@@ -38,7 +39,7 @@ def test_what_is_kept_has_the_best_times():
         pointers = entry(rows, 128, 33.0, 66.0, tma=False)
         found += [few, slow, many, pointers, near]
     best = {(32, True), (128, True), (32, False), (128, False)}
-    for tolerance, expected in ((0.0, best), (0.2, best - {(128, False)})):
+    for tolerance, expected in ((0.0, best), (0.4, best - {(128, False)})):
         kept = tune.needed(found, tolerance, 132)
         assert {(e.schedule.bn, e.schedule.tma) for e in kept} == expected
 

@@ -9,7 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bicompile.kernels.common.launch import after_others, capability, is_aligned, launch, processors
 from bicompile.kernels.common.trees import strides
-from bicompile.kernels.matmul.schedules import PART, Schedule, kind_of
+from bicompile.kernels.matmul.schedules import PART, SINGLE, Schedule, kind_of
 from bicompile.kernels.matmul.table import schedule
 from bicompile.kernels.matmul.tiles import chain, chain_of_blocks, put, tile_of
 
@@ -42,9 +42,9 @@ def matmul_kernel(
 
 @triton.jit(do_not_specialize=["M", "beta", "alpha"])
 def block_kernel(
-    A, B, B2, REST, REST2, C, Y, Y_REST, M, N, K, scm, scn, beta, alpha,
-    END: tl.constexpr, TYPE: tl.constexpr, ALONG_M: tl.constexpr, ALONG_K: tl.constexpr,
-    PERSISTENT: tl.constexpr, PARTS: tl.constexpr,
+    A, B, B2, REST, REST2, C, Y, Y_REST, M, N, K, sam, sak, scm, scn, beta, alpha,
+    END: tl.constexpr, TYPE: tl.constexpr, EVEN_K: tl.constexpr, ALONG_M: tl.constexpr,
+    ALONG_K: tl.constexpr, MASKED: tl.constexpr, PERSISTENT: tl.constexpr, PARTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The same for one matrix of half precision, through tensor descriptors.
@@ -52,6 +52,7 @@ def block_kernel(
     A tile has BN + BR columns. A, B, B2 and Y are read and stored in blocks of BN, those that end
     in REST in blocks of BR. The last tiles end where the matrix does: what they share with their
     neighbours both store, with equal bits, because blocks that reach beyond a matrix are slow.
+    MASKED: A and Y are pointers, and rows beyond the matrix are left out.
     """
     after_others(PDL)
     num_m = tl.cdiv(M, BM)
@@ -60,18 +61,21 @@ def block_kernel(
     step = tl.num_programs(0) if PERSISTENT else tiles
     for tile in tl.range(tl.program_id(0), tiles, step, flatten=PERSISTENT):
         tile_m, tile_n = tile_of(tile, num_m, num_n)
-        m0 = tl.minimum(tile_m * BM, tl.maximum(M - BM, 0))
+        m0 = tile_m * BM
+        if not MASKED:
+            m0 = tl.minimum(m0, tl.maximum(M - BM, 0))
         n0 = tl.minimum(tile_n * (BN + BR), tl.maximum(N - BN - BR, 0))
         y, y2, rest, rest2 = chain_of_blocks(
-            A, B, B2, REST, REST2, m0, n0, K, BM, BN, BR, BK, ALONG_M, ALONG_K, END == "swiglu"
-        )
+            A, B, B2, REST, REST2, m0, n0, M, K, sam, sak, BM, BN, BR, BK, EVEN_K,
+            ALONG_M, ALONG_K, MASKED, END == "swiglu",
+        )  # fmt: skip
         put(
-            y, y2, C, Y, m0, n0, M, N, scm, scn, beta, alpha, END, TYPE, True, PARTS, BM, BN
+            y, y2, C, Y, m0, n0, M, N, scm, scn, beta, alpha, END, TYPE, not MASKED, PARTS, BM, BN
         )  # fmt: skip
         if BR:
             put(
                 rest, rest2, C, Y_REST, m0, n0 + BN, M, N, scm, scn, beta, alpha,
-                END, TYPE, True, PARTS, BM, BR,
+                END, TYPE, not MASKED, PARTS, BM, BR,
             )  # fmt: skip
 
 
@@ -137,10 +141,13 @@ def _kind(x: torch.Tensor, tf32: bool) -> str:
 
 
 def _choose(kind: str, a, weights, n: int, chosen: Schedule | None) -> Schedule:
-    """The schedule for n columns of a [B, M, K] @ weights; no weights: descriptors are not used."""
+    """The schedule for n columns of a [B, M, K] @ weights; no weights: descriptors are not used.
+
+    One that is given and needs descriptors, which these operands cannot have, is not obeyed.
+    """
     blocks = bool(weights) and _fits_blocks(a, weights, n)
     if chosen is not None:
-        s = chosen if blocks else chosen.with_pointers()
+        s = chosen if blocks or not chosen.tma else SINGLE[kind]
     else:
         device = capability(a.device), processors(a.device)
         s = schedule(kind, *device, a.shape[1], n * a.shape[0], a.shape[2], blocks)
@@ -160,7 +167,10 @@ def _is_blocked(x: torch.Tensor) -> bool:
     return (column == 1 or x.shape[1] == 1) and row * x.element_size() % 16 == 0 and is_aligned(x)
 
 
-def _described(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+def _described(x: torch.Tensor, rows: int, columns: int, turned: bool) -> TensorDescriptor:
+    """Blocks of x [R, C]; turned: it lies as [C, R] in memory, and so do they."""
+    if turned:
+        x, rows, columns = x.t(), columns, rows
     return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [rows, columns])
 
 
@@ -179,23 +189,22 @@ def _launch(a, b, c=None, *, tf32, end="", beta=0.0, alpha=1.0, b2=None, chosen=
     common |= {"num_warps": s.warps, "num_stages": s.stages}
     if s.tma:
         along_m, along_k = not _is_blocked(a[0]), not _is_blocked(b[0])
-        left = _described(a[0].t(), s.bk, s.bm) if along_m else _described(a[0], s.bm, s.bk)
+        left = a[0] if s.masked else _described(a[0], s.bm, s.bk, along_m)
 
         def blocks(bn: int) -> tuple[TensorDescriptor | None, ...]:
             """Of the weights, the first again for a second that is not there, and of the result."""
             if bn == 0:
                 return None, None, None
-            of_weights = [
-                _described(w[0].t(), bn, s.bk) if along_k else _described(w[0], s.bk, bn)
-                for w in weights
-            ]
-            return of_weights[0], of_weights[-1], _described(out[0], s.bm, bn // s.parts)
+            of_weights = [_described(w[0], s.bk, bn, along_k) for w in weights]
+            y = out if s.masked else _described(out[0], s.bm, bn // s.parts, False)
+            return of_weights[0], of_weights[-1], y
 
         (first, second, y), (rest, rest2, y_rest) = map(blocks, s.columns)
         launch(
             block_kernel, min(tiles, processors(a.device)) if s.persistent else tiles,
-            left, first, second, rest, rest2, c, y, y_rest, m, n, k, *c_strides[1:],
-            float(beta), float(alpha), **common, ALONG_M=along_m, ALONG_K=along_k,
+            left, first, second, rest, rest2, c, y, y_rest, m, n, k, *strides(a)[1:],
+            *c_strides[1:], float(beta), float(alpha), **common,
+            EVEN_K=s.masked and k % s.bk == 0, ALONG_M=along_m, ALONG_K=along_k, MASKED=s.masked,
             PERSISTENT=s.persistent, PARTS=s.parts, BN=s.columns[0], BR=s.columns[1],
         )  # fmt: skip
     else:

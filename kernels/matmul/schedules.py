@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -16,7 +16,8 @@ class Schedule:
 
     With `tma` the operands are read as blocks of tensor descriptors, which needs rows that start at
     multiples of 16 bytes. `persistent`: as many programs as multiprocessors, each with many tiles.
-    `parts`: column parts in which a tile is stored.
+    `parts`: column parts in which a tile is stored. `masked` (with `tma`): the left operand is read
+    and the result is stored by pointers, so that rows of a tile beyond the matrix move no bytes.
 
     Triton's blocks are powers of two. Tiles of three times a power of two columns (tma alone) are
     two products, of two thirds and of one third of the columns.
@@ -30,17 +31,12 @@ class Schedule:
     tma: bool = False
     persistent: bool = False
     parts: int = 1
+    masked: bool = False
 
     @property
     def columns(self) -> tuple[int, int]:
         """Columns of the tile's first product and of its second; 0 if it is one product."""
         return (self.bn // 3 * 2, self.bn // 3) if self.bn % 3 == 0 else (self.bn, 0)
-
-    def with_pointers(self) -> Schedule:
-        """As good as the same tiles for operands that no tensor descriptor can stand for."""
-        if not self.tma:
-            return self
-        return replace(self, bn=self.columns[0], tma=False, persistent=False, parts=1)
 
 
 PART = 32  # pinned: terms of one chain of an "ieee" product, so its bk

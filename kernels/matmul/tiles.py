@@ -15,10 +15,11 @@ GROUP = tl.constexpr(8)  # rows of tiles that share their columns in L2
 
 @triton.jit
 def tile_of(tile, num_m, num_n):
-    """Tile number -> (tile row, tile column), GROUP rows of tiles at a time."""
-    per = GROUP * num_n
-    first = tile // per * GROUP
-    size = tl.minimum(num_m - first, GROUP)
+    """Tile number -> (tile row, tile column), GROUP rows of tiles at a time; or all, if few."""
+    group = tl.where(num_m <= 2 * GROUP, num_m, GROUP)
+    per = group * num_n
+    first = tile // per * group
+    size = tl.minimum(num_m - first, group)
     return first + tile % per % size, tile % per // size
 
 
@@ -93,13 +94,13 @@ def chain(
 
 @triton.jit
 def chain_of_blocks(
-    A, B, B2, REST, REST2, m0, n0, K,
-    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, ALONG_M: tl.constexpr,
-    ALONG_K: tl.constexpr, TWO: tl.constexpr,
+    A, B, B2, REST, REST2, m0, n0, M, K, sam, sak,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
+    ALONG_M: tl.constexpr, ALONG_K: tl.constexpr, MASKED: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
     """The same through tensor descriptors, whose blocks are 0 outside the matrices.
 
-    With BR, also the BR columns behind those BN, which REST and REST2 read.
+    With BR, also the BR columns behind those BN, which REST and REST2 read. MASKED: A is a pointer.
     ALONG_M: A lies as [K, M] in memory; ALONG_K: B lies as [N, K].
     """
     acc = tl.zeros([BM, BN], tl.float32)
@@ -107,7 +108,10 @@ def chain_of_blocks(
     rest = tl.zeros([BM, BR if BR else BN], tl.float32)
     rest2 = rest
     for k in tl.range(0, K, BK):
-        x = _block(A, m0, k, ALONG_M)
+        if MASKED:
+            x = _masked(A, m0, k, M, K, sam, sak, BM, BK, EVEN_K)
+        else:
+            x = _block(A, m0, k, ALONG_M)
         acc = tl.dot(x, _block(B, k, n0, ALONG_K), acc)
         if BR:
             rest = tl.dot(x, _block(REST, k, n0 + BN, ALONG_K), rest)
@@ -116,6 +120,17 @@ def chain_of_blocks(
             if BR:
                 rest2 = tl.dot(x, _block(REST2, k, n0 + BN, ALONG_K), rest2)
     return acc, acc2, rest, rest2
+
+
+@triton.jit
+def _masked(A, m0, k0, M, K, sam, sak, BM: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr):
+    """The block of A at (m0, k0) through pointers."""
+    row = (m0 + tl.arange(0, BM))[:, None]
+    k = (k0 + tl.arange(0, BK))[None, :]
+    inside = row < M
+    if not EVEN_K:
+        inside &= k < K
+    return tl.load(A + row.to(tl.int64) * sam + k.to(tl.int64) * sak, mask=inside, other=0.0)
 
 
 @triton.jit

@@ -5,11 +5,13 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import num_threads
 
+from bicompile.kernels.common.blocks import held_sum, load_block, places, store_block
 from bicompile.kernels.common.launch import after_others
 from bicompile.kernels.common.trees import (
     BLOCK,
-    block_sum,
+    INTERPRET,
     fold_rows,
     load_terms,
     pair_tree,
@@ -17,28 +19,45 @@ from bicompile.kernels.common.trees import (
     rsqrt,
     strides,
 )
-from bicompile.kernels.reduce.gpu import launch_rows, row_sum, rows_of
+from bicompile.kernels.reduce.rows import launch_rows, row_sum, rows_of
+
+AHEAD_OF = tl.constexpr(
+    16
+)  # terms of a thread that leave it registers for weights before their use
 
 
 @triton.jit
-def _affine(
-    x, mean, rstd, W, B, r, k, here, GROUPS, CHANNELS, SPATIAL,
-    HAS_W: tl.constexpr, HAS_B: tl.constexpr,
-):  # fmt: skip
-    """fma((x - mean) * rstd, w, b) in fp32; the channel of term k of row r has the weight."""
+def _affine(x, mean, rstd, w, b):
+    """fma((x - mean) * rstd, w, b) in fp32; a weight may be None."""
     y = (x - mean) * rstd
-    channel = (r % GROUPS * CHANNELS)[:, None, None] + k // SPATIAL
-    if HAS_W:
-        w = tl.load(W + channel, mask=here, other=0.0).to(tl.float32)
-    if HAS_B:
-        b = tl.load(B + channel, mask=here, other=0.0).to(tl.float32)
-    if HAS_W and HAS_B:
+    if w is not None and b is not None:
         y = tl.fma(y, w, b)
-    elif HAS_W:
+    elif w is not None:
         y = y * w
-    elif HAS_B:
+    elif b is not None:
         y = y + b
     return y
+
+
+@triton.jit
+def _of_channels(W, r, k, here, GROUPS, CHANNELS, SPATIAL, HAS_W: tl.constexpr):
+    """The weight of the channel of term k of row r, fp32."""
+    w = None
+    if HAS_W:
+        channel = (r % GROUPS * CHANNELS)[:, None, None] + k // SPATIAL
+        w = tl.load(W + channel, mask=here, other=0.0).to(tl.float32)
+    return w
+
+
+@triton.jit
+def _block_of_channels(
+    W, r, K, GROUPS, CHANNELS, SPATIAL, HAS_W: tl.constexpr, J: tl.constexpr, L: tl.constexpr
+):
+    """The same of all terms of rows of one block."""
+    w = None
+    if HAS_W:
+        w = load_block(W, (r % GROUPS * CHANNELS)[:, None, None], True, K, 1, 0.0, J, L, SPATIAL)
+    return w
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -49,14 +68,17 @@ def layer_norm_kernel(
 ):  # fmt: skip
     """layer_norm (one group of K channels) and group_norm (rows are sample x group)."""
     after_others(PDL)
+    AHEAD: tl.constexpr = INTERPRET or AHEAD_OF * num_threads() >= R * J * L
     r, here, row, there = rows_of(M, sm, R)
-    at = positions(J, L)
     out = Y + (r * K)[:, None, None]
     if ONE:
-        x = load_terms(X, row, there, at, K, sk, 0.0)
-        mean = block_sum(x.to(tl.float64), R, J, L) / K
-        d = tl.where(at < K, x.to(tl.float64) - mean[:, None, None], 0.0)
-        var = block_sum(d * d, R, J, L) / K
+        x = load_block(X, row, there, K, sk, 0.0, J, L)
+        if AHEAD:
+            w = _block_of_channels(W, r, K, GROUPS, CHANNELS, SPATIAL, HAS_W, J, L)
+            b = _block_of_channels(B, r, K, GROUPS, CHANNELS, SPATIAL, HAS_B, J, L)
+        mean = held_sum(x.to(tl.float64), R, J, L) / K
+        d = tl.where(places(J, L) < K, x.to(tl.float64) - mean[:, None, None], 0.0)
+        var = held_sum(d * d, R, J, L) / K
     else:
         mean = row_sum(X, row, there, K, sk, 0.0, 0.0, "sum", R, J, L) / K
         shift = mean[:, None, None]
@@ -65,27 +87,30 @@ def layer_norm_kernel(
     rstd = (1.0 / tl.sqrt(var + eps)).to(tl.float32)
     tl.store(MEAN + r, mean, mask=here)
     tl.store(RSTD + r, rstd, mask=here)
-    for k0 in range(0, K, J * L):
-        k = k0 + at
-        mask = there & (k < K)
-        if not ONE:
+    mean, rstd = mean[:, None, None], rstd[:, None, None]
+    if ONE:
+        if not AHEAD:
+            w = _block_of_channels(W, r, K, GROUPS, CHANNELS, SPATIAL, HAS_W, J, L)
+            b = _block_of_channels(B, r, K, GROUPS, CHANNELS, SPATIAL, HAS_B, J, L)
+        store_block(out, _affine(x, mean, rstd, w, b), there, K, J, L)
+    else:
+        for k0 in range(0, K, J * L):
+            k = k0 + positions(J, L)
+            mask = there & (k < K)
             x = load_terms(X, row, there, k, K, sk, 0.0)
-        y = _affine(
-            x, mean[:, None, None], rstd[:, None, None], W, B, r, k, mask,
-            GROUPS, CHANNELS, SPATIAL, HAS_W, HAS_B,
-        )  # fmt: skip
-        tl.store(out + k, y.to(Y.dtype.element_ty), mask=mask)
+            w = _of_channels(W, r, k, mask, GROUPS, CHANNELS, SPATIAL, HAS_W)
+            b = _of_channels(B, r, k, mask, GROUPS, CHANNELS, SPATIAL, HAS_B)
+            y = _affine(x, mean, rstd, w, b)
+            tl.store(out + k, y.to(Y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def scaled(
-    x, r, W, k, mask, offset,
-    HAS_W: tl.constexpr, HAS_OFFSET: tl.constexpr, ROUND_FIRST: tl.constexpr, TYPE: tl.constexpr,
-):  # fmt: skip
-    """The roundings of the chain that rms_norm replaces; r: [R, 1, 1]."""
+    x, r, w, offset, HAS_OFFSET: tl.constexpr, ROUND_FIRST: tl.constexpr, TYPE: tl.constexpr
+):
+    """The roundings of the chain that rms_norm replaces; r: [R, 1, 1]; w: fp32, or None."""
     y = x * r
-    if HAS_W:
-        w = tl.load(W + k, mask=mask, other=0.0).to(tl.float32)
+    if w is not None:
         if HAS_OFFSET:
             w = w + offset
         if ROUND_FIRST:
@@ -93,6 +118,24 @@ def scaled(
             w = w.to(TYPE).to(tl.float32)
         y = y * w
     return y.to(TYPE)
+
+
+@triton.jit
+def _weights(W, k, here, K, HAS_W: tl.constexpr):
+    """The weights of terms k, fp32."""
+    w = None
+    if HAS_W:
+        w = load_terms(W, 0, here, k, K, 1, 0.0)
+    return w
+
+
+@triton.jit
+def _block_of_weights(W, row, here, K, HAS_W: tl.constexpr, J: tl.constexpr, L: tl.constexpr):
+    """Those of all terms of rows of one block."""
+    w = None
+    if HAS_W:
+        w = load_block(W, tl.zeros_like(row), here, K, 1, 0.0, J, L)
+    return w
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -103,22 +146,30 @@ def rms_norm_kernel(
 ):  # fmt: skip
     """The mean of the rounded squares is bit for bit what bicompile::mean gives."""
     after_others(PDL)
+    AHEAD: tl.constexpr = INTERPRET or AHEAD_OF * num_threads() >= R * J * L
+    TYPE: tl.constexpr = Y.dtype.element_ty
     r, _, row, there = rows_of(M, sm, R)
-    at = positions(J, L)
     out = Y + (r * K)[:, None, None]
     if ONE:
-        x = load_terms(X, row, there, at, K, sk, 0.0)
-        total = block_sum((x * x).to(tl.float64), R, J, L)
+        x = load_block(X, row, there, K, sk, 0.0, J, L)
+        if AHEAD:
+            w = _block_of_weights(W, row, there, K, HAS_W, J, L)
+        total = held_sum((x * x).to(tl.float64), R, J, L)
     else:
         total = row_sum(X, row, there, K, sk, 0.0, 0.0, "square", R, J, L)
     scale = rsqrt((total / K).to(tl.float32) + eps)[:, None, None]
-    for k0 in range(0, K, J * L):
-        k = k0 + at
-        mask = there & (k < K)
-        if not ONE:
+    if ONE:
+        if not AHEAD:
+            w = _block_of_weights(W, row, there, K, HAS_W, J, L)
+        y = scaled(x, scale, w, offset, HAS_OFFSET, ROUND_FIRST, TYPE)
+        store_block(out, y, there, K, J, L)
+    else:
+        for k0 in range(0, K, J * L):
+            k = k0 + positions(J, L)
             x = load_terms(X, row, there, k, K, sk, 0.0)
-        y = scaled(x, scale, W, k, mask, offset, HAS_W, HAS_OFFSET, ROUND_FIRST, Y.dtype.element_ty)
-        tl.store(out + k, y, mask=mask)
+            w = _weights(W, k, there, K, HAS_W)
+            y = scaled(x, scale, w, offset, HAS_OFFSET, ROUND_FIRST, TYPE)
+            tl.store(out + k, y, mask=there & (k < K))
 
 
 def _rows(x: torch.Tensor, m: int) -> torch.Tensor:
@@ -149,7 +200,7 @@ def _normalise(x, weight, bias, out, stats, groups, channels, spatial, eps, chos
             layer_norm_kernel, x, _flat(weight, x), _flat(bias, x), out, mean, rstd,
             *x.shape, *strides(x), groups, channels, spatial, float(eps),
             HAS_W=weight is not None, HAS_B=bias is not None, ONE=x.shape[1] <= BLOCK,
-            family="norm", crowded=True, chosen=chosen,
+            family="norm", crowded=True, held=True, chosen=chosen,
         )  # fmt: skip
     return out, mean, rstd
 
@@ -179,7 +230,8 @@ def rms_norm(input, normalized_ndim, weight, eps, offset, round_first, chosen=No
         launch_rows(
             rms_norm_kernel, x, _flat(weight, x), out, *x.shape, *strides(x), float(eps),
             float(offset), HAS_W=weight is not None, HAS_OFFSET=offset != 0,
-            ROUND_FIRST=bool(round_first), ONE=x.shape[1] <= BLOCK, family="norm", chosen=chosen,
+            ROUND_FIRST=bool(round_first), ONE=x.shape[1] <= BLOCK, family="norm", held=True,
+            chosen=chosen,
         )  # fmt: skip
     return out
 

@@ -21,37 +21,59 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Entry:
-    """One bit class: a schedule that serves any rows, and one that some run on (see `wanted`)."""
+    """One bit class: a schedule that serves any rows, and some that others run on (see `wanted`).
+
+    Args:
+        name: of the class.
+        block: terms of a block; 0: of rows of several blocks.
+        single: serves any rows.
+        many: serves many rows.
+        held: bounds of rows, rising, and what serves a kernel that holds its block in registers.
+        parts: serve long rows, in parts.
+    """
 
     name: str
     block: int
     single: Schedule
     many: Schedule
+    held: tuple[tuple[int, Schedule], ...] = ()
     parts: tuple[Schedule, ...] = ()
 
     def schedules(self, cut: bool = True) -> tuple[Schedule, ...]:
         """All of them; without `cut` those of kernels that have whole rows only."""
-        return self.single, self.many, *(self.parts if cut else ())
+        found = self.single, self.many, *(s for _, s in self.held), *(self.parts if cut else ())
+        return tuple(dict.fromkeys(found))
 
 
-FEW = 256  # rows that run on the single schedule in any case
+FEW = 256  # rows that leave processors idle
+ANY = 1 << 62  # rows
 
 #: By terms of a block. Each warp has a row for itself where that fits: LANES terms of two bytes are
-#: what a warp loads at once, and two warps would fold their parts through shared memory.
+#: what a warp loads at once, and nothing goes through shared memory. What is held in registers is
+#: shared by warps, if rows are few or a warp would hold too much.
 TABLE = (
     Entry("block 16", 16, Schedule(16, 1), Schedule(128, 4)),
     Entry("block 64", 64, Schedule(4, 1), Schedule(32, 4)),
     Entry("block 256", 256, Schedule(1, 1), Schedule(16, 4)),
-    Entry("block 1024", 1024, Schedule(1, 1), Schedule(2, 2)),
-    Entry("block 2048", 2048, Schedule(1, 1), Schedule(2, 2)),
-    Entry("block 4096", 4096, Schedule(1, 1), Schedule(1, 2)),
-)
+    Entry(
+        "block 1024", 1024, Schedule(1, 1), Schedule(2, 2),
+        held=((FEW, Schedule(1, 4)), (ANY, Schedule(2, 2))),
+    ),
+    Entry(
+        "block 2048", 2048, Schedule(1, 1), Schedule(2, 2),
+        held=((1024, Schedule(1, 4)), (ANY, Schedule(1, 2))),
+    ),
+    Entry(
+        "block 4096", 4096, Schedule(1, 1), Schedule(1, 2),
+        held=((128, Schedule(1, 8)), (ANY, Schedule(1, 4))),
+    ),
+)  # fmt: skip
 
 PARTS = Schedule(1, 2, blocks=1), Schedule(1, 4, blocks=4)
 
 #: Rows of more than one block: few of them leave processors idle, so that their blocks are given to
 #: several programs.
-LONG = Entry("blocks", 0, Schedule(1, 4), Schedule(1, 2), PARTS)
+LONG = Entry("blocks", 0, Schedule(1, 4), Schedule(1, 2), parts=PARTS)
 CUT = 128  # rows that are cut into parts, if there are no more than 4 for each of their blocks
 BLOCKS = 2048  # so many blocks are a program each, in several rows
 SOME = 128  # rows of one block whose exponentials keep a warp busy for longer than a second costs
@@ -63,20 +85,28 @@ def entry(k: int, block: int) -> Entry:
 
 
 def schedule(
-    family: str, rows: int, k: int, block: int, crowded: bool, cut: bool = False
+    family: str,
+    rows: int,
+    k: int,
+    block: int,
+    crowded: bool = False,
+    held: bool = False,
+    cut: bool = False,
 ) -> Schedule:
     """The schedule for `rows` rows of k terms in blocks of `block` (see `wanted`)."""
     e = entry(k, block)
     return choose(
         family,
         e.name,
-        wanted(family, rows, k, e, crowded, cut),
+        wanted(family, rows, k, e, crowded, held, cut),
         e.single,
         lambda: e.schedules(cut),
     )
 
 
-def wanted(family: str, rows: int, k: int, e: Entry, crowded: bool, cut: bool) -> Schedule:
+def wanted(
+    family: str, rows: int, k: int, e: Entry, crowded: bool, held: bool, cut: bool
+) -> Schedule:
     """What the table says, certified or not.
 
     Args:
@@ -85,11 +115,14 @@ def wanted(family: str, rows: int, k: int, e: Entry, crowded: bool, cut: bool) -
         k: of how many terms.
         e: their bit class.
         crowded: the kernel holds so much of each term that 4096 are too many for one warp.
+        held: the kernel has rows of one block in registers.
         cut: the kernel can have rows in parts.
     """
     blocks = -(-k // BLOCK)
     if cut and blocks > 2 and rows <= min(CUT, 4 * blocks):
         return e.parts[rows > 1 and rows * blocks >= BLOCKS]
+    if held and e.held:
+        return next(s for bound, s in e.held if rows <= bound)
     if e.block == 4096:
         apart = crowded or (family == "softmax" and rows <= SOME)
     else:

@@ -11,6 +11,7 @@ import torch
 
 from bicompile.kernels.common.trees import BLOCK
 from bicompile.kernels.reduce import gpu
+from bicompile.kernels.reduce.parts import CHAIN
 from bicompile.kernels.reduce.schedules import LONG, TABLE, Entry
 from bicompile.sweep import VALUES, BitClass, Depth, Problem
 
@@ -77,7 +78,7 @@ def row_classes(
 
 def _very_long(ops: Mapping[str, Op]) -> Iterator[Problem]:
     """A vocabulary, and more blocks than are joined in one stage."""
-    for k in (151936, (gpu.CHAIN + 1) * BLOCK + 1):
+    for k in (151936, (CHAIN + 1) * BLOCK + 1):
         for name, op in ops.items():
             if op.quick:
                 yield Problem(

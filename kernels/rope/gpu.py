@@ -39,10 +39,11 @@ def qk_norm_rope_kernel(
     TYPE: tl.constexpr = Q.dtype.element_ty
     FRONT: tl.constexpr = D - D // 2
     other = tl.where(d < FRONT, d + D // 2, d - FRONT)
-    y = scaled(x, scale, w_at, d, inside, offset, True, HAS_OFFSET, ROUND_FIRST, TYPE)
+    w = load_terms(w_at, 0, inside, d, D, 1, 0.0)
+    y = scaled(x, scale, w, offset, HAS_OFFSET, ROUND_FIRST, TYPE)
     x = load_terms(x_at, row, inside, other, D, 1, 0.0)
-    turned = scaled(x, scale, w_at, other, inside, offset, True, HAS_OFFSET, ROUND_FIRST, TYPE)
-    turned = turned.to(tl.float32)
+    w = load_terms(w_at, 0, inside, other, D, 1, 0.0)
+    turned = scaled(x, scale, w, offset, HAS_OFFSET, ROUND_FIRST, TYPE).to(tl.float32)
     turned = tl.where(d < FRONT, -turned, turned)
     cos = tl.load(COS + b * scb + s * scs + d, mask=d < D, other=0.0).to(tl.float32)
     sin = tl.load(SIN + b * ssb + s * sss + d, mask=d < D, other=0.0).to(tl.float32)

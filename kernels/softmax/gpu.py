@@ -4,32 +4,33 @@ import torch
 import triton
 import triton.language as tl
 
+from bicompile.kernels.common.blocks import held_max, held_sum, load_block, store_block
 from bicompile.kernels.common.launch import after_others
 from bicompile.kernels.common.trees import (
     BLOCK,
-    block_max,
-    block_sum,
     exp,
     load_terms,
     log,
     positions,
     strides,
 )
-from bicompile.kernels.reduce.gpu import (
-    as_rows,
+from bicompile.kernels.reduce.parts import (
     blocks_of,
     exp_parts,
     joined,
     lanes,
     launch_parts,
-    launch_rows,
     part_of,
+    top_of,
+)
+from bicompile.kernels.reduce.rows import (
+    as_rows,
+    launch_rows,
     row_extreme,
     row_schedule,
     row_sum,
     row_sum_times,
     rows_of,
-    top_of,
 )
 
 
@@ -56,15 +57,12 @@ def softmax_kernel(
     """R rows. ONE: a row is one block and stays in registers."""
     after_others(PDL)
     r, _, row, there = rows_of(M, sm, R)
-    at = positions(J, L)
     out = Y + (r * K)[:, None, None]
     if ONE:
-        x = load_terms(X, row, there, at, K, sk, float("-inf"))
-        top = block_max(x)[:, None, None]
-        e = tl.where(at < K, exp(x - top), 0.0)
-        total = block_sum(e.to(tl.float64), R, J, L).to(tl.float32)[:, None, None]
-        y = tl.div_rn(e, tl.broadcast_to(total, e.shape))
-        tl.store(out + at, y.to(Y.dtype.element_ty), mask=there & (at < K))
+        x = load_block(X, row, there, K, sk, float("-inf"), J, L)
+        e = exp(x - held_max(x)[:, None, None])
+        total = held_sum(e.to(tl.float64), R, J, L).to(tl.float32)[:, None, None]
+        store_block(out, tl.div_rn(e, tl.broadcast_to(total, e.shape)), there, K, J, L)
     else:
         top = row_extreme(X, row, there, 0, K, sk, "max", R, J, L)[:, None, None]
         total = row_sum(X, row, there, K, sk, top, 0.0, "exp", R, J, L)
@@ -113,7 +111,7 @@ def softmax(self, dim, dtype, chosen=None):
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if out.numel():
         rows = x.reshape(-1, k)
-        s = chosen or row_schedule(rows, "softmax")
+        s = chosen or row_schedule(rows, "softmax", held=True)
         if s.blocks:
             tops, sums = exp_parts(rows, s)
             launch_parts(

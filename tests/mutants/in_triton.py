@@ -14,7 +14,7 @@ CONVOLUTION = ("tests/test_triton_convolution.py",)
 MUTANTS = (
     Mutant(
         "lanes follow the rows",
-        "kernels/reduce/gpu.py",
+        "kernels/reduce/rows.py",
         "    j, lanes = row_shape(k)\n",
         "    j, lanes = row_shape(k if m > 3 else k // 2)\n",
         "few rows are summed in blocks of another size",
@@ -22,7 +22,7 @@ MUTANTS = (
     ),
     Mutant(
         "a sum without a mask",
-        "kernels/reduce/gpu.py",
+        "kernels/reduce/rows.py",
         "            x = tl.where(k < K, x, 0.0)\n",
         "            pass\n",
         "places behind the end of a row enter variances",
@@ -30,7 +30,7 @@ MUTANTS = (
     ),
     Mutant(
         "the blocks of a row in parts lose the last",
-        "kernels/reduce/gpu.py",
+        "kernels/reduce/parts.py",
         "            mask = here & (first + i < end)",
         "            mask = here & (first + i < tl.maximum(end - 1, 1))",
         "few long rows, whose blocks several programs fold, miss terms",
@@ -42,6 +42,14 @@ MUTANTS = (
         "            v = _pairs(tl.reshape(v, [R, 2, J >> (i + 1), W]), 1, MUL)",
         "            v = _pairs(tl.reshape(v, [R, J >> (i + 1), 2, W]), 2, MUL)",
         "the pinned order of a block",
+        ("tests/test_triton_order.py",),
+    ),
+    Mutant(
+        "a block in registers is folded by neighbours",
+        "kernels/common/blocks.py",
+        "            x = tl.sum(tl.reshape(x, [R, L, 2, J >> (i + 1)]), 2)",
+        "            x = tl.sum(tl.reshape(x, [R, L, J >> (i + 1), 2]), 3)",
+        "the pinned order of a block that is loaded once",
         ("tests/test_triton_order.py",),
     ),
     Mutant(
@@ -63,10 +71,10 @@ MUTANTS = (
     Mutant(
         "the sum of a softmax is in float32",
         "kernels/softmax/gpu.py",
-        "        total = block_sum(e.to(tl.float64), R, J, L).to(tl.float32)[:, None, None]",
-        "        total = block_sum(e, R, J, L)[:, None, None]",
+        "        total = held_sum(e.to(tl.float64), R, J, L).to(tl.float32)[:, None, None]",
+        "        total = held_sum(e, R, J, L)[:, None, None]",
         "rows of one block have another rounding than long ones",
-        ROWS,
+        ("tests/test_triton_order.py",),
     ),
     Mutant(
         "the gradient of a query has no holes",
