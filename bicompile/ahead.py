@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from bicompile.certificate import one_schedule
 from bicompile.graph import device_of, subgraphs, value
@@ -32,7 +32,7 @@ SIZES = (
 @contextmanager
 def kernels_built(gm: GraphModule) -> Iterator[None]:
     """Build the kernels of the graph's ops on a GPU meanwhile; on leaving they are ready."""
-    nodes = list(_ops_on_gpu(gm))
+    nodes = {_launched_as(node): node for node in _ops_on_gpu(gm)}.values()
     if not nodes:
         yield
         return
@@ -70,6 +70,21 @@ def _ops_on_gpu(gm: GraphModule) -> Iterator[Node]:
             ours = getattr(node.target, "namespace", "") == "bicompile"
             if node.op == "call_function" and ours and device_of(node).type == "cuda":
                 yield node
+
+
+def _launched_as(node: Node) -> Hashable:
+    """What the kernels of an op follow: alike in most layers of a model."""
+
+    def number(n: Any) -> Any:
+        return n.node.expr if isinstance(n, torch.SymInt) else n
+
+    def describe(x: Any) -> Hashable:
+        if not isinstance(x, torch.Tensor):
+            return number(x) if isinstance(x, torch.SymInt) else repr(x)
+        return (x.dtype, *map(number, x.shape), *map(number, x.stride()))
+
+    leaves, structure = tree_flatten(tree_map(value, node.args))
+    return node.target, device_of(node), repr(structure), *map(describe, leaves)
 
 
 def _symbols(args: Any) -> tuple[list[Any], list[Any]]:

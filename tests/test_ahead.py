@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 
 import pytest
@@ -106,6 +107,24 @@ def test_known_sizes_are_built_once(built):
         for node in nodes(gm):
             ahead.build(node)
     assert len(built) == 3
+
+
+def test_layers_that_are_alike_are_built_once(built, monkeypatch):
+    torch._dynamo.reset()
+    t = x(6, 64)
+    torch._dynamo.mark_dynamic(t, 0)
+    layers = lambda t, a, b, c, d: ((t @ a).relu() @ b @ c).relu() @ d  # noqa: E731
+    gm, _, _, _ = rewrite(layers, t, x(64, 32), x(32, 64), x(64, 32), x(32, 48))
+    found, distinct = nodes(gm), []
+    assert len(found) == 4
+    monkeypatch.setattr(ahead, "_ops_on_gpu", lambda gm: found)
+    monkeypatch.setattr(ahead, "build", distinct.append)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    with ahead.kernels_built(gm):
+        pass
+    widths = {tuple(n.args[1].meta["val"].shape) for n in distinct}
+    assert len(distinct) == 3
+    assert widths == {(64, 32), (32, 64), (32, 48)}
 
 
 def test_nothing_to_do_on_a_cpu():
