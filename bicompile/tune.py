@@ -76,16 +76,19 @@ class Raced:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Time all candidates; the exit status is 1 if a schedule had other bits."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kind", choices=LAYERS, nargs="+", default=list(LAYERS))
-    parser.add_argument("--certified", action="store_true", help="what is in use, timed anew")
-    parser.add_argument("--times", type=Path, metavar="FILE", help="write the entries")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the races")
+    add = parser.add_argument
+    add("--kind", choices=LAYERS, nargs="+", default=list(LAYERS), help="others keep their entries")
+    add("--certified", action="store_true", help="what is in use, timed anew")
+    add("--times", type=Path, metavar="FILE", help="write the entries")
+    add("--json", type=Path, metavar="FILE", help="write the races")
     args = parser.parse_args(arguments)
     check_device("cuda")
+    from bicompile.kernels.matmul.table import table
+
     console = Console()
     here = machine("cuda")
     console.print(title(here))
-    entries: dict[str, list[Entry]] = {}
+    entries: dict[str, Sequence[Entry]] = {}
     raced: list[Raced] = []
     other: list[str] = []
     for kind in args.kind:
@@ -95,12 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"no schedule of {kind} is certified: run `bicompile verify` before")
         build(tried, weights)
         timed = [e for rows in ROWS for e in time_waves(rows, tried[rows], weights, other)]
-        entries[kind] = needed(timed, 0.0 if args.certified else TOLERANCE, weights.processors)
+        found = needed(timed, 0.0 if args.certified else TOLERANCE, weights.processors)
         for (columns, terms), rows in itertools.product(LAYERS[kind], RACED):
-            raced.append(race(kind, entries[kind], rows, columns, terms, weights))
+            raced.append(race(kind, found, rows, columns, terms, weights))
             console.print(line(raced[-1]), soft_wrap=True)
+        entries[kind] = found
     if args.times:
-        write(args.times, here, entries)
+        before = {kind: table(kind, here["capability"]) for kind in LAYERS}
+        write(args.times, here, before | entries)
     if args.json:
         content = {"machine": here, "raced": [asdict(r) for r in raced]}
         args.json.write_text(json.dumps(content, indent=1) + "\n")
@@ -367,7 +372,7 @@ def _replayed(call: Callable[..., Any], operands: Sequence[Any]) -> float:
         for i in range(LAUNCHES):
             call(*operands[i % len(operands)])
     best = float("inf")
-    for _ in range(4):
+    for _ in range(6):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()

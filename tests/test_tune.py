@@ -60,7 +60,7 @@ def test_needs_a_gpu():
 
 @pytest.mark.gpu
 def test_race_of_a_small_layer():
-    weights = tune.Weights("half", table.TERMS)
+    weights = tune.Weights("half")
     entries = table.table("half", "9.0")
     found = tune.race("half", entries, 8, 256, 128, weights)
     assert found.best <= found.table
