@@ -22,7 +22,9 @@ bit changes: each op rounds to its dtype whatever is fused with it.
 
 Writes stay outside, or Inductor would copy what it now writes in place (a cache); so does what has
 another effect.  Views at the end of a layer are taken outside, of the tensor that they view:
-Inductor counts the offset of a returned view twice.  Only inference graphs are changed: in training
+Inductor counts the offset of a returned view twice.  So are integers that follow from inputs alone,
+the positions and the length of a cache: as results of a layer they would be kernels of their own,
+outside they are part of the write that reads them.  Only inference graphs are changed: in training
 Inductor 2.13 computes wrong gradients through subgraphs.
 """
 
@@ -51,13 +53,21 @@ _NAME = "repeated_layer"
 class _Region:
     """One occurrence of a layer: its nodes, and what others read of it.
 
-    `views` are the nodes that others read through views; they are repeated behind the call.
+    `again` are the nodes that others read and that are repeated behind the call.
     """
 
     nodes: tuple[Node, ...]
     outputs: tuple[Node, ...]
-    views: tuple[Node, ...]
+    again: tuple[Node, ...]
     structure: tuple[object, ...]
+
+    def needed(self) -> tuple[Node, ...]:
+        """The nodes that are computed in the layer."""
+        found = set(self.outputs)
+        for node in reversed(self.nodes):
+            if node in found:
+                found.update(node.all_input_nodes)
+        return tuple(n for n in self.nodes if n in found)
 
 
 def deduplicate(gm: GraphModule, *, run) -> None:
@@ -143,11 +153,11 @@ def _region(nodes: Sequence[Node]) -> _Region:
     inputs = _inputs(nodes)
     numbers = {n: -1 - i for i, n in enumerate(inputs)} | inside
     wires = tuple(numbers[a] for n in nodes for a in _arguments(n))
-    outputs, views = _read_outside(nodes, inside)
+    outputs, again = _read_outside(nodes, inside)
     described = tuple((n.op == "get_attr", _described(n)) for n in inputs)
-    places = tuple(inside[n] for n in outputs), tuple(inside[n] for n in views)
+    places = tuple(inside[n] for n in outputs), tuple(inside[n] for n in again)
     structure = tuple(map(_kind, nodes)), wires, described, places
-    return _Region(tuple(nodes), outputs, views, structure)
+    return _Region(tuple(nodes), outputs, again, structure)
 
 
 def _arguments(node: Node) -> list[Node]:
@@ -169,18 +179,42 @@ def _inputs(nodes: Sequence[Node]) -> tuple[Node, ...]:
 def _read_outside(
     nodes: Sequence[Node], inside: Container[Node]
 ) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
-    """What others read of a region: tensors of its own, and the views through which they do."""
-    outputs, views = set(), set()
+    """What others read of a region: what it computes, and what is repeated outside to be read."""
+    outputs, again = set(), set()
     for node in nodes:
         if all(u in inside for u in node.users):
             continue
         while node in inside and _is_view(node):
-            views.add(node)
+            again.add(node)
             node, *sizes = node.all_input_nodes
             outputs.update(n for n in sizes if n in inside)
-        if node in inside:
+        integers = _integers(node, inside)
+        again.update(integers or ())
+        if integers is None:
             outputs.add(node)
-    return tuple(n for n in nodes if n in outputs), tuple(n for n in nodes if n in views)
+    return tuple(n for n in nodes if n in outputs), tuple(n for n in nodes if n in again)
+
+
+def _integers(node: Node, inside: Container[Node]) -> set[Node] | None:
+    """The nodes from a region's inputs to integers that follow from them alone, element by element.
+
+    None if the region has to compute it.
+    """
+    if node not in inside:
+        return set()
+    val, tags = node.meta.get("val"), getattr(node.target, "tags", ())
+    whole = isinstance(val, torch.Tensor) and val.dtype in (torch.int32, torch.int64)
+    random = torch.Tag.nondeterministic_seeded in tags
+    simple = torch.Tag.pointwise in tags or not node.all_input_nodes or _is_view(node)
+    if not whole or not simple or random:
+        return None
+    found = {node}
+    for read in node.all_input_nodes:
+        before = _integers(read, inside)
+        if before is None:
+            return None
+        found |= before
+    return found
 
 
 def _is_view(node: Node) -> bool:
@@ -195,7 +229,7 @@ def _is_view(node: Node) -> bool:
 
 def _may_be_called(region: _Region) -> bool:
     """A subgraph takes tensors and sizes, and returns tensors, no parts of wider ones (cat)."""
-    taken = [n.meta.get("val") for n in _inputs(region.nodes)]
+    taken = [n.meta.get("val") for n in _inputs(region.needed())]
     takes = all(isinstance(v, (torch.Tensor, int, torch.SymInt)) for v in taken)
     tensors = all(isinstance(n.meta["val"], torch.Tensor) for n in region.outputs)
     parts = any(u.target is aten.cat.default for n in region.outputs for u in n.users)
@@ -215,21 +249,20 @@ def _knows_its_sizes(taken: Sequence[object]) -> bool:
 def _subgraph(gm: GraphModule, regions: Sequence[_Region]) -> GraphModule:
     """The first region as a graph; each node stands for its fellows in all regions."""
     graph, copies, region = Graph(), {}, regions[0]
-    for i, node in enumerate(_inputs(region.nodes)):
+    for i, node in enumerate(_inputs(region.needed())):
         copies[node] = graph.placeholder(f"input_{i}")
         copies[node].meta["val"] = node.meta["val"]
-    for same in zip(*(r.nodes for r in regions), strict=True):
+    for same in zip(*(r.needed() for r in regions), strict=True):
         copies[same[0]] = graph.node_copy(same[0], copies.__getitem__)
         carry_origins(copies[same[0]], *same)
     outputs = tuple(copies[n] for n in region.outputs)
     graph.output(outputs).meta["val"] = tuple(n.meta["val"] for n in outputs)
-    graph.eliminate_dead_code()
     return GraphModule(gm, graph)
 
 
 def _call(graph: Graph, region: _Region) -> None:
     """Put a call in the place of a region, which is erased."""
-    inputs = _inputs(region.nodes)
+    inputs = _inputs(region.needed())
     with graph.inserting_before(region.nodes[-1].next):
         layer = graph.get_attr(_NAME)
         call = graph.call_function(_INVOKE, (layer, _NAME, *inputs))
@@ -237,7 +270,7 @@ def _call(graph: Graph, region: _Region) -> None:
         copies = {}
         for number, node in enumerate(region.outputs):
             copies[node] = graph.call_function(getitem, (call, number))
-        for node in region.views:
+        for node in region.again:
             copies[node] = graph.node_copy(node, lambda n: copies.get(n, n))
     for node, new in copies.items():
         new.meta = {**node.meta}

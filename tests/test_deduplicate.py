@@ -149,6 +149,34 @@ def test_views_are_taken_outside():
         torch.testing.assert_close(ours, theirs)
 
 
+def test_positions_are_taken_outside():
+    """As results of a layer they would be kernels of their own; the write reads them inside its."""
+
+    def chain(h, weights, caches, lengths):
+        for w, cache, length in zip(weights, caches, lengths, strict=True):
+            part = (h @ w.mT).softmax(-1).sigmoid().sqrt().exp()
+            at = torch.arange(3) + length
+            length.add_(3)
+            cache.index_copy_(0, at, part)
+            h = (part + cache[:3]).tanh() * at.unsqueeze(1)
+        return h
+
+    def args():
+        weights, caches = ([x(rows, 8) + i for i in range(5)] for rows in (8, 16))
+        return x(3, 8), weights, caches, [torch.tensor(i % 4) for i in range(5)]
+
+    gm, _, _, _ = rewrite(chain, *args())
+    layers = [m for m in gm.children() if isinstance(m, torch.fx.GraphModule)]
+    assert layers and count(gm, INVOKE) >= 3
+    for layer in layers:
+        made = [n.meta["val"] for n in layer.graph.output_node().args[0]]
+        assert made and all(v.is_floating_point() for v in made)
+    ours, theirs = args(), args()
+    lifted, plain = compiled(chain, *ours), compiled(chain, *theirs, disable="deduplicate")
+    testing.assert_same_bits((lifted, *ours[2], *ours[3]), (plain, *theirs[2], *theirs[3]), "all")
+    assert [int(n) for n in ours[3]] == [i % 4 + 3 for i in range(5)]
+
+
 def test_a_part_of_a_wider_tensor_is_not_returned():
     """Inductor may write what `cat` joins into the joined tensor, at an offset."""
 
