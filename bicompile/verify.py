@@ -43,13 +43,17 @@ MEMORY_OF_A_JOB = 2 << 30
 
 @dataclass(frozen=True)
 class Item:
-    """A part of a problem of a bit class, by number: what is sent to a process."""
+    """A part of a problem of a bit class, by number: what is sent to a process.
+
+    `listed`: the schedules of the class that need not be tried.
+    """
 
     module: str
     depth: Depth
     bit_class: int
     problem: int
     part: int
+    listed: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     either("--quick", action="store_true", help="try a small part; writes no certificate")
     either("--output", type=Path, metavar="FOLDER", help="write the certificate there")
     add("--family", action="append", choices=sorted(modules()), help="only this one")
+    add("--new", action="store_true", help="only schedules that the certificate does not list")
     add("--jobs", type=int, metavar="N", help="processes; one per core, if memory allows")
     add("--json", type=Path, metavar="FILE", help="write everything that was seen")
 
@@ -107,11 +112,11 @@ def run(args: argparse.Namespace) -> int:
     machine = Machine.here(-1 if INTERPRETED else torch.cuda.current_device())
     depth = Depth.SMALL if INTERPRETED else Depth.QUICK if args.quick else Depth.FULL
     folder = args.output or certificate.USER
-    kept = _kept(folder / machine.file) if args.family else {}
+    kept = _kept(folder / machine.file) if args.family or args.new else {}
     console.print(f"[dim]{escape(str(machine))}[/]")
     chosen = [module for family, module in modules().items() if family in (args.family or [family])]
     jobs, start = args.jobs or default_jobs(), time.perf_counter()
-    results = sweep(chosen, depth, jobs)
+    results = sweep(chosen, depth, jobs, kept if args.new else {})
     show(console, results)
     console.print(f"{jobs} processes, {time.perf_counter() - start:.0f} s")
     if args.json:
@@ -120,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     if args.quick:
         console.print("Nothing was written: a certificate needs the sweep without --quick.")
     else:
-        path = certify(results, machine, kept).write(folder)
+        path = certify(results, machine, kept, args.new).write(folder)
         console.print(f"Certificate: {path}", soft_wrap=True)
     failures = [r.failure for r in results if r.failure]
     for failure in failures[1:]:
@@ -131,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _kept(path: Path) -> Mapping[str, Family]:
-    """What a certificate says of the families that are not swept this time."""
+    """What a certificate says of what is not swept this time."""
     return Certificate.read(path).families if path.exists() else {}
 
 
@@ -144,22 +149,27 @@ def modules() -> dict[str, str]:
 # ---------------------------------------------------------------------------------------- sweep
 
 
-def sweep(names: Sequence[str], depth: Depth, jobs: int) -> list[Result]:
+def sweep(
+    names: Sequence[str], depth: Depth, jobs: int, kept: Mapping[str, Family] | None = None
+) -> list[Result]:
     """Run all problems of some modules, each in one of `jobs` processes that share the GPUs.
 
+    Of what is kept from a certificate of these sources, nothing is tried again; a class with
+    nothing to try has no result.
     Most of the time goes into compiling kernels, on cores; a process compiles and runs its own. A
     kernel that does not compile or crashes ends the sweep of its bit class and of no other.
     """
     from bicompile.sweep import join
 
     found: dict[tuple[str, int], list[Outcome | SweepFailed]] = defaultdict(list)
-    items = [item for name in names for item in _items(name, depth)]
+    items = [item for name in names for item in _items(name, depth, kept or {})]
     tried = _tried(items, jobs)
     for item in items:
         found[item.module, item.bit_class].append(tried[item])
     results = []
     for (name, number), outcomes in found.items():
         c = _classes(name, depth)[number]
+        c = _without(c, _listed(c, kept or {}))
         schedules = tuple(map(repr, (c.single, *c.others)))
         failure = next((o for o in outcomes if isinstance(o, SweepFailed)), None)
         joined = join([o for o in outcomes if not isinstance(o, SweepFailed)])
@@ -167,11 +177,29 @@ def sweep(names: Sequence[str], depth: Depth, jobs: int) -> list[Result]:
     return results
 
 
-def _items(module: str, depth: Depth) -> Iterator[Item]:
+def _items(module: str, depth: Depth, kept: Mapping[str, Family]) -> Iterator[Item]:
     for i, bit_class in enumerate(_classes(module, depth)):
+        listed = _listed(bit_class, kept)
+        if listed and not _without(bit_class, listed).others:
+            continue
         for j, problem in enumerate(bit_class.problems):
             for part in range(problem.parts):
-                yield Item(module, depth, i, j, part)
+                yield Item(module, depth, i, j, part, listed)
+
+
+def _listed(bit_class: BitClass, kept: Mapping[str, Family]) -> tuple[str, ...]:
+    """The schedules of a class that a certificate of these sources lists."""
+    family = kept.get(bit_class.family)
+    if family is None or family.sources != sources(bit_class.family):
+        return ()
+    listing = family.classes.get(bit_class.name)
+    return listing.schedules if listing else ()
+
+
+def _without(bit_class: BitClass, listed: Sequence[str]) -> BitClass:
+    """A class of the schedules that are not listed; the single one stays, to compare with."""
+    left = [s for s in bit_class.others if repr(s) not in listed]
+    return dataclasses.replace(bit_class, schedules=[bit_class.single, *left])
 
 
 def _tried(items: Sequence[Item], jobs: int) -> dict[Item, Outcome | SweepFailed]:
@@ -238,7 +266,7 @@ def work(item: Item) -> Outcome | SweepFailed | None:
 
     if not INTERPRETED and gpu_is_lost():
         return None
-    bit_class = _classes(item.module, item.depth)[item.bit_class]
+    bit_class = _without(_classes(item.module, item.depth)[item.bit_class], item.listed)
     problem = bit_class.problems[item.problem]
     try:
         return check(bit_class, problem, "cpu" if INTERPRETED else "cuda", item.part)
@@ -273,17 +301,29 @@ def default_jobs() -> int:
 
 
 def certify(
-    results: Sequence[Result], machine: Machine, kept: Mapping[str, Family] | None = None
-) -> Certificate:
-    """The certificate of what a sweep found, and of families that are kept from another."""
+    results: Sequence[Result], machine: Machine, kept: Mapping[str, Family] | None = None,
+    new: bool = False,
+) -> Certificate:  # fmt: skip
+    """The certificate of what a sweep found, and of what is kept from another.
+
+    Families that were not swept are kept; if only `new` schedules were, those of their classes that
+    were listed before too, where the single schedule has the bits that it had.
+    """
     families = dict(kept or {})
     by_family = itertools.groupby(results, key=lambda r: r.family)
     for family, found in by_family:
-        listed = {
-            r.bit_class: Listing(r.members, r.outcome.cases, r.outcome.digest)
-            for r in found
-            if r.members
-        }
+        before = families.get(family)
+        same = new and before is not None and before.sources == sources(family)
+        listed = dict(before.classes) if before and same else {}
+        for r in found:
+            seen = listed.pop(r.bit_class, None)
+            members = r.members
+            if seen and (r.failure or (members and seen.digest == r.outcome.digest)):
+                listed[r.bit_class] = dataclasses.replace(
+                    seen, schedules=tuple(dict.fromkeys(seen.schedules + members))
+                )
+            elif members:
+                listed[r.bit_class] = Listing(members, r.outcome.cases, r.outcome.digest)
         families[family] = Family(sources(family), listed)
     return Certificate(machine, families, _notes())
 

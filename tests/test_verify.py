@@ -258,3 +258,38 @@ def test_other_families_are_kept(monkeypatch, own_certificates, tmp_path):
     Certificate(HERE, kept).write(tmp_path)
     assert cli.main([*there, "reduce"]) == 0
     assert Certificate.read(tmp_path / HERE.file).families == {**before.families, **kept}
+
+
+def test_only_what_is_new_is_tried(monkeypatch, own_certificates):
+    tried = []
+
+    def the_same(x):
+        tried.append("the_same")
+        return honest(x)
+
+    def as_good(x):
+        tried.append("as_good")
+        return honest(x)
+
+    def like_splits(x):
+        return splits_the_row(x)
+
+    def verified(bit_class):
+        tried.clear()
+        monkeypatch.setattr(verify, "_classes", lambda module, depth: [bit_class])
+        status = cli.main(["verify", "--new", "--family", "reduce"])
+        found = Certificate.read(own_certificates / HERE.file).families["reduce"].classes
+        return status, found["sums"].schedules if found else (), set(tried)
+
+    monkeypatch.setattr(verify, "INTERPRETED", True)
+    monkeypatch.setattr(Machine, "here", lambda device: HERE)
+    members = "honest", "the_same", "as_good"
+    assert verified(make(the_same)) == (0, members[:2], {"the_same"})
+    assert verified(make(the_same)) == (0, members[:2], set())
+    assert verified(make(the_same, crashes)) == (2, members[:2], set())
+    assert verified(make(the_same, splits_the_row, as_good)) == (1, members, {"as_good"})
+    # The single schedule has other bits than it had: what was held against them is not listed.
+    other_bits = make(the_same, like_splits, single=splits_the_row)
+    assert verified(other_bits) == (0, ("splits_the_row", "like_splits"), set())
+    monkeypatch.setattr(verify, "sources", lambda family: "others")
+    assert verified(make(the_same)) == (0, members[:2], {"the_same"})
