@@ -44,6 +44,16 @@ def test_what_is_kept_has_the_best_times():
         assert {(e.schedule.bn, e.schedule.tma) for e in kept} == expected
 
 
+def test_times_are_refined():
+    def entry(rows, bn, *waves):
+        waves += (9.0,) * (tune.QUARTERS - len(waves))
+        return Entry(rows, Schedule(16, bn, 128, 4, 4), waves)
+
+    before = [entry(16, 32, 3.0, 5.0), entry(16, 64, 2.0), Entry(31, Schedule(64, 64, 128, 4, 3))]
+    after = [entry(31, 32, 4.0), entry(16, 32, 4.0, 4.0)]
+    assert tune.refined(after, before) == [entry(16, 32, 3.0, 4.0), entry(16, 64, 2.0), after[0]]
+
+
 def test_times_are_read_as_they_are_written(tmp_path, monkeypatch):
     found = {kind: table.table(kind, "9.0") for kind in tune.LAYERS}
     assert all(found[kind] != table.TABLE[kind] for kind in found)
