@@ -114,6 +114,15 @@ def test_the_page_of_a_gpu(tmp_path):
     assert text == page.render(shown, [file])
 
 
+def test_a_file_without_batch_sizes_has_no_plot(tmp_path):
+    file, shown = tmp_path / "bench.json", tmp_path / "performance.md"
+    of_sequences = {n: t for n, t in report(file).tables.items() if n.startswith("sequences")}
+    Report("tiny", MACHINE, tables=of_sequences, path=file).save()
+    assert cli.main(["bench", "--page", str(shown), str(file)]) == 0
+    assert "| 9 sequences, 90 tokens (s) | 4 | 1 | 0.25 |" in shown.read_text()
+    assert "![" not in shown.read_text() and not (tmp_path / "bench.svg").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -109,7 +109,8 @@ def test_the_performance_page_shows_the_figures_of_the_bench(monkeypatch):
     shown = Path("docs/performance.md")
     assert shown.read_text() == page.render(shown, files)
     for file in files:
-        assert plot.identity(file) in page.plot_of(shown, file).read_text()
+        if plot.panels(Report.load(file).tables):
+            assert plot.identity(file) in page.plot_of(shown, file).read_text()
 
 
 def test_the_plot_is_drawn_from_the_figures(tmp_path):

@@ -33,7 +33,7 @@ LIMIT = " ".join(
 
 
 def write(path: Path, files: Sequence[Path]) -> None:
-    """Write the page, and a plot beside it for each file of the bench.
+    """Write the page, and a plot beside it for each file that has several batch sizes.
 
     Raises:
         UnsafeSetting: no such files are named.
@@ -48,7 +48,8 @@ def write(path: Path, files: Sequence[Path]) -> None:
             todo="name the files",
         )
     for file in files:
-        plot.draw(file, plot_of(path, file))
+        if plot.panels(Report.load(file).tables):
+            plot.draw(file, plot_of(path, file))
     path.write_text(render(path, files))
 
 
@@ -74,7 +75,8 @@ def _machine(path: Path, file: Path, report: Report) -> Iterator[str]:
     yield f"## {title(found)}\n"
     yield f"Suite `{report.suite}`, {versions}; all figures: [{file.name}]({where}).\n"
     yield "\n".join(["```sh", *report.commands, "```\n"])
-    yield f"![ratios by batch size]({plot_of(path, file).name})"
+    if plot.panels(report.tables):
+        yield f"![ratios by batch size]({plot_of(path, file).name})"
     if report.limits:
         rates = (
             f"{r['bytes'] / 1e12:.3g} TB/s copied, {r['operations'] / 1e12:.3g} TFLOP/s in {dtype}"
