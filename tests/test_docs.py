@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bicompile.bench import page, plot
-from bicompile.bench.results import Report
+from bicompile.bench.results import Report, summary
 from bicompile.testing import PROPERTIES, InvarianceViolation
 
 ROOT = Path(__file__).parent.parent
@@ -111,6 +111,34 @@ def test_the_performance_page_shows_the_figures_of_the_bench(monkeypatch):
     for file in files:
         if plot.panels(Report.load(file).tables):
             assert plot.identity(file) in page.plot_of(shown, file).read_text()
+
+
+def test_the_limits_are_those_of_the_bench():
+    """Of docs/limits.md the two tables of goals."""
+    rows = {}
+    for name in ("", "-ops", "-sequences"):
+        tables = Report.load(ROOT / f"docs/bench-h200{name}.json").tables
+        rows |= {r.what: r for table in tables.values() for r in table}
+        if name == "-ops":
+            ops = {
+                (s.what, s.base): f"mean {s.mean:.2f}, worst {s.worst:.2f}" for s in summary(tables)
+            }
+    text = (ROOT / "docs/limits.md").read_text()
+    for what, reached, default, ours in re.findall(
+        r"\| ((?:decode|prefill|1000)[^|]+) \| [\d.]+ \| ([\d.]+) \| (\S+) \| (\S+) \|", text
+    ):
+        row = rows[what]
+        ratio = row.ratio("inductor", "reduce-overhead")
+        assert reached == f"{ratio:.2f}", what
+        if "limit" in row.figures:
+            of_limit = row.ratio("limit")
+            assert (default, ours) == (f"{of_limit / ratio:.2f}", f"{of_limit:.2f}"), what
+    stated = re.findall(r"\| (\S[^|]+) \| [^|]+ \| (mean [\d.]+, worst [\d.]+) \|", text)
+    kinds = [
+        ("mm, M <= 128", "cublas"), ("mm, M > 128", "cublas"), ("decode", "flash"),
+        ("prefill", "flash"), *((n, "inductor") for n in ("rms_norm", "softmax", "log_softmax")),
+    ]  # fmt: skip
+    assert [figures for _, figures in stated] == [ops[kind] for kind in kinds]
 
 
 def test_the_plot_is_drawn_from_the_figures(tmp_path):
