@@ -1,7 +1,7 @@
 """Fusions into wider ops of ours that change no bit.
 
 Those of products are in `fuse_matmul`, those of rotary embeddings in `fuse_rope`, that of gradients
-of a loss in `fuse_one_hot`.
+of a loss in `fuse_one_hot`, that of counters in `fuse_counters`.
 
 `fuse_rms_norm`: transformers write RMSNorm by hand. ::
 
@@ -32,6 +32,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bicompile.graph import Emit, value
+from bicompile.passes.fuse_counters import fuse_counters
 from bicompile.passes.fuse_matmul import fuse_matmul
 from bicompile.passes.fuse_one_hot import fuse_one_hot
 from bicompile.passes.fuse_rope import fuse_rope
@@ -49,6 +50,7 @@ def fuse(gm: GraphModule, *, run) -> None:
     fuse_matmul(gm, run=run)
     fuse_rope(gm, run=run)
     fuse_one_hot(gm, run=run)
+    fuse_counters(gm, run=run)
 
 
 @dataclass(frozen=True)

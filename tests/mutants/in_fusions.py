@@ -8,6 +8,7 @@ NORM = ("tests/test_fuse_norm.py",)
 FUSE_MATMUL = ("tests/test_fuse_matmul.py", "-k", "not no_bit_changes")  # which takes minutes
 FUSE_ROPE = ("tests/test_fuse_rope.py", "-k", "not no_bit_changes")
 LOG_SOFTMAX = ("tests/test_log_softmax.py",)
+COUNTERS = ("tests/test_fuse_counters.py",)
 DEDUPLICATE = ("tests/test_deduplicate.py",)
 
 MUTANTS = (
@@ -171,6 +172,22 @@ MUTANTS = (
         "        for nothing in (emit(aten.eq.Scalar, number, 0),):",
         "the sum of a row of zeros is not zero",
         LOG_SOFTMAX,
+    ),
+    Mutant(
+        "counters advance by any step",
+        "passes/fuse_counters.py",
+        "alike[counter.dtype, counter.device, step].append(copy)",
+        "alike[counter.dtype, counter.device].append(copy)",
+        "a cache counts the tokens of another",
+        COUNTERS,
+    ),
+    Mutant(
+        "a counter is what it was before",
+        "passes/fuse_counters.py",
+        "        and add.args[0] is counter\n",
+        "",
+        "a cache counts from the number that another had",
+        COUNTERS,
     ),
     Mutant(
         "wide logits are read",
