@@ -78,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--kind", choices=LAYERS, nargs="+", default=list(LAYERS), help="others keep their entries")
+    bounds: list[int] = list(ROWS)
+    add("--rows", type=int, choices=bounds, nargs="+", default=bounds, help="likewise")
     add("--certified", action="store_true", help="what is in use, timed anew")
     add("--refine", action="store_true", help="of these times and those in use, take the less")
     add("--times", type=Path, metavar="FILE", help="write the entries")
@@ -94,21 +96,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     other: list[str] = []
     for kind in args.kind:
         weights = Weights(kind)
-        tried = {rows: [*candidates(kind, rows, args.certified)] for rows in ROWS}
+        tried = {rows: [*candidates(kind, rows, args.certified)] for rows in sorted(args.rows)}
         if not any(tried.values()):
             parser.error(f"no schedule of {kind} is certified: run `bicompile verify` before")
         build(tried, weights)
-        timed = [e for rows in ROWS for e in time_waves(rows, tried[rows], weights, other)]
+        timed = [e for rows in tried for e in time_waves(rows, tried[rows], weights, other)]
+        before = table(kind, here["capability"])
         if args.refine:
-            timed = refined(timed, table(kind, here["capability"]))
+            timed = refined(timed, [e for e in before if e.rows in tried])
         found = needed(timed, 0.0 if args.certified else TOLERANCE, weights.processors)
+        found += [e for e in before if e.rows not in tried]
+        found.sort(key=lambda e: e.rows)
         for (columns, terms), rows in itertools.product(LAYERS[kind], RACED):
             raced.append(race(kind, found, rows, columns, terms, weights))
             console.print(line(raced[-1]), soft_wrap=True)
         entries[kind] = found
     if args.times:
-        before = {kind: table(kind, here["capability"]) for kind in LAYERS}
-        write(args.times, here, before | entries)
+        in_use = {kind: table(kind, here["capability"]) for kind in LAYERS}
+        write(args.times, here, in_use | entries)
     if args.json:
         content = {"machine": here, "raced": [asdict(r) for r in raced]}
         args.json.write_text(json.dumps(content, indent=1) + "\n")
@@ -320,14 +325,15 @@ def _cover(
 ) -> set[Schedule]:
     """As few schedules as are near enough to the fastest for all sizes, with those of `first`."""
     within: dict[Schedule, set[tuple[int, int]]] = {e.schedule: set() for e in entries}
-    for rows, n in itertools.product(ROWS, COLUMNS):
+    sizes = set(itertools.product({e.rows for e in entries}, COLUMNS))
+    for rows, n in sizes:
         times = {e.schedule: _modelled(e, n, processors) for e in entries if e.rows == rows}
         limit = min(times.values()) * (1 + tolerance / (3 if rows <= FEW else 1))
         for s, time in times.items():
             if time <= limit:
                 within[s].add((rows, n))
     kept = {s for s in first if s in within}
-    left = set(itertools.product(ROWS, COLUMNS)).difference(*(within[s] for s in kept))
+    left = sizes.difference(*(within[s] for s in kept))
     while left:
         kept.add(max(within, key=lambda s: len(within[s] & left)))
         left.difference_update(*(within[s] for s in kept))
@@ -339,7 +345,7 @@ def _fastest(entries: Sequence[Entry], among: set[Schedule], processors: int) ->
     found = [e for e in entries if e.schedule in among]
     return {
         min((e for e in found if e.rows == rows), key=lambda e: _modelled(e, n, processors))
-        for rows, n in itertools.product(ROWS, COLUMNS)
+        for rows, n in itertools.product({e.rows for e in found}, COLUMNS)
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -42,6 +44,13 @@ def test_what_is_kept_has_the_best_times():
     for tolerance, expected in ((0.0, best), (0.4, best - {(128, False)})):
         kept = tune.needed(found, tolerance, 132)
         assert {(e.schedule.bn, e.schedule.tma) for e in kept} == expected
+
+
+def test_of_some_rows_alone_the_best_is_kept():
+    waves = (9.0,) * tune.QUARTERS
+    slow, fast = (Entry(16, Schedule(16, 32, k, 4, 4, True), waves) for k in (128, 256))
+    fast = dataclasses.replace(fast, waves=(8.0,) * tune.QUARTERS)
+    assert tune.needed([slow, fast], 0.0, 132) == [fast]
 
 
 def test_times_are_refined():
