@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     here = machine("cuda")
     console.print(title(here))
-    entries: dict[str, Sequence[Entry]] = {}
+    entries = {kind: table(kind, here["capability"]) for kind in LAYERS}
     raced: list[Raced] = []
     other: list[str] = []
     for kind in args.kind:
@@ -101,19 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"no schedule of {kind} is certified: run `bicompile verify` before")
         build(tried, weights)
         timed = [e for rows in tried for e in time_waves(rows, tried[rows], weights, other)]
-        before = table(kind, here["capability"])
-        if args.refine:
-            timed = refined(timed, [e for e in before if e.rows in tried])
-        found = needed(timed, 0.0 if args.certified else TOLERANCE, weights.processors)
-        found += [e for e in before if e.rows not in tried]
-        found.sort(key=lambda e: e.rows)
+        tolerance = 0.0 if args.certified else TOLERANCE
+        entries[kind] = joined(timed, entries[kind], args.refine, tolerance, weights.processors)
         for (columns, terms), rows in itertools.product(LAYERS[kind], RACED):
-            raced.append(race(kind, found, rows, columns, terms, weights))
+            raced.append(race(kind, entries[kind], rows, columns, terms, weights))
             console.print(line(raced[-1]), soft_wrap=True)
-        entries[kind] = found
     if args.times:
-        in_use = {kind: table(kind, here["capability"]) for kind in LAYERS}
-        write(args.times, here, in_use | entries)
+        write(args.times, here, entries)
     if args.json:
         content = {"machine": here, "raced": [asdict(r) for r in raced]}
         args.json.write_text(json.dumps(content, indent=1) + "\n")
@@ -289,6 +283,18 @@ def time_waves(
             seconds = _time(functools.partial(weights.run, s), operands)
             times.append(round(seconds * 1e6, 1))
         yield Entry(rows, s, tuple(times))
+
+
+def joined(
+    timed: Sequence[Entry], before: Sequence[Entry], refine: bool, tolerance: float, processors: int
+) -> tuple[Entry, ...]:
+    """Of rows that were timed what is needed, of others the entries before, by rising rows."""
+    rows = {e.rows for e in timed}
+    if refine:
+        timed = refined(timed, [e for e in before if e.rows in rows])
+    others = [e for e in before if e.rows not in rows]
+    found = [*needed(timed, tolerance, processors), *others]
+    return tuple(sorted(found, key=lambda e: e.rows))
 
 
 def refined(entries: Sequence[Entry], before: Sequence[Entry]) -> list[Entry]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -46,11 +44,14 @@ def test_what_is_kept_has_the_best_times():
         assert {(e.schedule.bn, e.schedule.tma) for e in kept} == expected
 
 
-def test_of_some_rows_alone_the_best_is_kept():
-    waves = (9.0,) * tune.QUARTERS
-    slow, fast = (Entry(16, Schedule(16, 32, k, 4, 4, True), waves) for k in (128, 256))
-    fast = dataclasses.replace(fast, waves=(8.0,) * tune.QUARTERS)
-    assert tune.needed([slow, fast], 0.0, 132) == [fast]
+def test_other_rows_keep_their_entries():
+    def entry(rows, bk, time):
+        return Entry(rows, Schedule(16, 32, bk, 4, 4, True), (time,) * tune.QUARTERS)
+
+    before = entry(16, 128, 7.0), entry(16, 256, 9.0), entry(31, 128, 5.0)
+    timed = [entry(16, 128, 9.0), entry(16, 256, 8.0)]
+    assert tune.joined(timed, before, False, 0.0, 132) == (timed[1], before[2])
+    assert tune.joined(timed, before, True, 0.0, 132) == (before[0], before[2])
 
 
 def test_times_are_refined():
