@@ -22,19 +22,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
-from bicompile.certificate import permits
+from bicompile.kernels.matmul.candidates import candidates, factors_of
+from bicompile.kernels.matmul.schedules import SINGLE, Schedule
+from bicompile.kernels.matmul.table import TERMS, Entry, by_time, table
 from bicompile.machine import check_device, machine, title
 from bicompile.testing import bits
-
-if TYPE_CHECKING:
-    from bicompile.kernels.matmul.schedules import Schedule
-    from bicompile.kernels.matmul.table import Entry
 
 #: (columns, terms) of layers of Qwen3-8B, Llama 3.1 8B and 70B, Qwen2.5-14B; of a pair: of each.
 LAYERS = {
@@ -54,7 +52,6 @@ QUARTERS = 12  # of as many tiles as there are multiprocessors
 TOLERANCE = 0.05
 FEW = 16  # rows of small batches, which are decoded most: a third of the TOLERANCE
 CACHE = 128 << 20  # bytes of weights after which the L2 cache holds none of the first
-SHARED = 232448  # bytes of shared memory that a block of sm_90 may have
 LAUNCHES = 12
 
 
@@ -86,8 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--json", type=Path, metavar="FILE", help="write the races")
     args = parser.parse_args(arguments)
     check_device("cuda")
-    from bicompile.kernels.matmul.table import table
-
     console = Console()
     here = machine("cuda")
     console.print(title(here))
@@ -133,66 +128,6 @@ def line(raced: Raced) -> str:
     return text + f"{ratios[0]:.2f} of the library, {ratios[1]:.2f} of the best: {raced.chosen}"
 
 
-def candidates(kind: str, rows: int, certified: bool = False) -> Iterator[Schedule]:
-    """Schedules whose tiles suit a number of rows and fit the shared memory.
-
-    Blocks that reach beyond a matrix are slow, so only with masks a tile has more rows: also 64,
-    the least that the tensor cores of sm_90 read from shared memory.
-    """
-    least = max(16, min(1 << (rows.bit_length() - 1), 128))  # rows of a tile
-    most = max(16, min(1 << (rows - 1).bit_length(), 128))
-    wide = 64 if 16 < rows < 64 else most
-    for bm in sorted({least, most, max(16, most // 2) if rows < 256 else most, wide}):
-        for s in _certified(bm, kind) if certified else _tiles(bm, rows, _factors(kind)):
-            if s.masked or bm <= (least if s.tma else most):
-                yield s
-
-
-def _factors(kind: str) -> int:
-    return 2 if kind.endswith("pair") else 1
-
-
-def _certified(bm: int, kind: str) -> Iterator[Schedule]:
-    from bicompile.kernels.matmul.table import schedules
-
-    capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    for s in schedules(kind, capability):
-        if s.bm == bm and permits("matmul", kind, s):
-            yield s
-
-
-def _tiles(bm: int, rows: int, factors: int) -> Iterator[Schedule]:
-    from bicompile.kernels.matmul.schedules import Schedule
-
-    for bn, bk in itertools.product((16, 32, 48, 64, 96, 128, 192, 256), (64, 128, 256, 512)):
-        area = bm * bn * factors
-        stage = (bm + bn * factors) * bk * 2
-        stored = bm * bn * 2
-        if not 512 <= area <= 32768 or (bk < 128 if area < 4096 else bk > 128):
-            continue
-        warps = 8 if area > 16384 else 4
-        # One block on a processor, or two.
-        for stages in {min(8, (of - 1024 - stored) // stage) for of in (SHARED, SHARED // 2)}:
-            if stages < 3 or stages * stage < 48 << 10:
-                continue
-            yield Schedule(bm, bn, bk, warps, stages, True)
-            if rows < 256:
-                yield Schedule(bm, bn, bk, warps, stages, True, masked=True)
-            if bn % 3 and area <= 8192 * factors and rows <= 256:
-                yield Schedule(bm, bn, bk, warps, stages)
-        if bm == 128 and area >= 16384 and bk == 64:
-            for parts in (1, 2, 4, 8):
-                # Stored in parts, beside what is read ahead; what is added passes through, too.
-                stages = (SHARED - 1024 - stored // parts * 3) // stage
-                if stages < 3 or bn // parts < 24:
-                    continue
-                yield Schedule(bm, bn, bk, 8, stages, True, False, parts)
-                if bn % 3 and factors == 1:
-                    yield Schedule(bm, bn, bk, 8, stages, True, True, parts)
-    if rows > 256:
-        yield Schedule(bm, bm // factors, 64, 8, 3)
-
-
 class Weights:
     """Weights of any size, and an op on them, out of one buffer that is larger than the cache."""
 
@@ -201,7 +136,7 @@ class Weights:
 
         self.processors = torch.cuda.get_device_properties("cuda").multi_processor_count
         self.kind = kind
-        self.factors = _factors(kind)
+        self.factors = factors_of(kind)
         self.launch: Callable[..., Any] = gpu.swiglu if self.factors == 2 else gpu.mm
         generator = torch.Generator("cuda").manual_seed(0)
         like: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
@@ -260,9 +195,6 @@ def time_waves(
     rows: int, tried: Sequence[Schedule], weights: Weights, other: list[str]
 ) -> Iterator[Entry]:
     """The times of schedules for a number of rows; names those of other bits."""
-    from bicompile.kernels.matmul.schedules import SINGLE
-    from bicompile.kernels.matmul.table import TERMS, Entry
-
     m, kind = ROWS[rows], weights.kind
     console = Console(file=sys.stderr)
     sample = weights.operands(m, 768, TERMS)[0]
@@ -356,8 +288,6 @@ def _fastest(entries: Sequence[Entry], among: set[Schedule], processors: int) ->
 
 
 def _modelled(e: Entry, columns: int, processors: int) -> float:
-    from bicompile.kernels.matmul.table import TERMS
-
     return e.time(processors, ROWS[e.rows], columns, TERMS)
 
 
@@ -365,8 +295,6 @@ def race(
     kind: str, entries: Sequence[Entry], m: int, columns: int, terms: int, weights: Weights
 ) -> Raced:
     """Time what the entries would choose for a size, all others, and the library."""
-    from bicompile.kernels.matmul.table import by_time
-
     operands = weights.operands(m, columns, terms)
     tried = [e.schedule for e in by_time(entries, weights.processors, m, columns, terms)]
     times = {s: _time(lambda *x, s=s: weights.launch(*x, False, chosen=s), operands) for s in tried}

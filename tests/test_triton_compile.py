@@ -13,8 +13,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from bicompile import certificate, verify
+from bicompile.kernels.matmul.candidates import SHARED
 from bicompile.sweep import Depth, make
-from bicompile.tune import SHARED
 
 
 class _NoDevice:

@@ -8,7 +8,7 @@ import torch
 from bicompile import errors, tune
 
 pytest.importorskip("triton")
-from bicompile.kernels.matmul import table
+from bicompile.kernels.matmul import candidates, table
 from bicompile.kernels.matmul.schedules import Schedule
 from bicompile.kernels.matmul.table import Entry
 
@@ -17,10 +17,10 @@ from bicompile.kernels.matmul.table import Entry
 @pytest.mark.parametrize("rows", tune.ROWS)
 def test_candidates_fit_the_device(rows, kind):
     factors = 2 if kind == "half pair" else 1
-    found = list(tune.candidates(kind, rows))
+    found = list(candidates.candidates(kind, rows))
     assert len(set(found)) == len(found) > 15
     for s in found:
-        assert (s.bm + s.bn * factors) * s.bk * 2 * s.stages <= tune.SHARED
+        assert (s.bm + s.bn * factors) * s.bk * 2 * s.stages <= candidates.SHARED
         assert s.bm * s.bn * factors <= 128 * 256
         assert s.tma or not (s.persistent or s.columns[1])
         assert not s.tma or s.masked or s.bm <= max(rows, 16)
