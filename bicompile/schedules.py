@@ -137,7 +137,7 @@ def _rope_cuda(name: str, args: Arguments) -> Choice:
 
 
 def _rows_cuda(family: str, name: str, args: Arguments) -> Choice:
-    from bicompile.kernels.reduce import schedules as rows_table  # needs Triton
+    from bicompile.kernels.reduce import table as rows_table  # needs Triton
 
     sizes = [hint(s) for s in next(iter(args.values())).shape]
     total, k = math.prod(sizes), _reduced(sizes, args)

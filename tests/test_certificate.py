@@ -24,7 +24,8 @@ from bicompile.kernels.attention import schedules as attention
 from bicompile.kernels.convolution import schedules as convolution
 from bicompile.kernels.matmul import table as matmul
 from bicompile.kernels.matmul.schedules import kinds
-from bicompile.kernels.reduce import schedules as rows
+from bicompile.kernels.reduce import table as rows
+from bicompile.kernels.reduce.rows import row_schedule
 from bicompile.kernels.rope import schedules as rope
 from bicompile.options import Options
 from bicompile.passes.schedule import schedule
@@ -88,7 +89,7 @@ def test_tables_ask_the_certificate(h100):
     assert chosen() == matmul.schedule(*many) == SINGLE
     make().write(h100)
     assert matmul.schedule(*few) == matmul.schedule(*many) == LISTED
-    assert rows.schedule("reduce", 1_000_000, 50, 64, False) == rows.TABLE[1].single
+    assert row_schedule(torch.empty(1_000_000, 50, device="meta")) == rows.TABLE[1].single
     assert attention.schedule(2, 128, 1, "9.0") == attention.SINGLE[2, 128]
     assert attention.splits(1, 8, 1024) is False
 

@@ -26,7 +26,7 @@ from bicompile.kernels.common.trees import row_shape
 from bicompile.kernels.norm import gpu as norm
 from bicompile.kernels.reduce import gpu as reduce
 from bicompile.kernels.reduce import parts
-from bicompile.kernels.reduce import schedules as reduce_schedules
+from bicompile.kernels.reduce import table as reduce_table
 from bicompile.kernels.softmax import gpu as softmax
 
 
@@ -86,7 +86,7 @@ def test_a_row_does_not_see_its_batch(op, k):
         keep = [i for i in range(ROW_COUNT) if i not in (0, 2, 4)]
         same(rows(f(poisoned), keep), rows(whole, keep))
         block = math.prod(row_shape(k))
-        for s in reduce_schedules.schedules(k, block, cut=op not in NORMS):
+        for s in reduce_table.schedules(k, block, cut=op not in NORMS):
             same(f(x, chosen=s), whole)
 
 
@@ -97,8 +97,8 @@ def test_rows_in_parts(op, k):
     """Programs that share a row give the bits of one that has it for itself."""
     x = randn(5, k + 3)[:, 1:-2]
     x[1, 4096], x[2, 7], x[3, 0], x[3, 4095] = NAN, INF, -INF, INF
-    whole = ROW_OPS[op](x, chosen=reduce_schedules.LONG.single)
-    for s in reduce_schedules.PARTS:
+    whole = ROW_OPS[op](x, chosen=reduce_table.LONG.single)
+    for s in reduce_table.PARTS:
         same(ROW_OPS[op](x, chosen=s), whole)
         same(ROW_OPS[op](x[4:], chosen=s), rows(whole, slice(4, 5)))
         same(ROW_OPS[op](x.t().contiguous().t(), chosen=s), whole)
@@ -111,7 +111,7 @@ def test_nodes_of_very_long_rows(monkeypatch):
     x = randn(3, 9000)
     for op in ("sum", "softmax", "softmax_statistics", "logsumexp", "softmax_backward"):
         f = ROW_OPS[op]
-        same(f(x, chosen=reduce_schedules.PARTS[0]), f(x, chosen=reduce_schedules.LONG.single))
+        same(f(x, chosen=reduce_table.PARTS[0]), f(x, chosen=reduce_table.LONG.single))
 
 
 @law

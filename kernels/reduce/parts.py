@@ -14,7 +14,7 @@ from bicompile.kernels.common.trees import BLOCK, LANES, pair_tree, strides
 from bicompile.kernels.reduce.rows import block_lanes, row_extreme
 
 CHAIN = 64  # more blocks of a row, or ..
-BLOCKS = 1024  # .. of all rows are joined in stages: programs that need the sum are many
+READ = 8192  # .. that all programs which need the sum read together, are joined in stages
 NODES = 16  # programs that the first stage has for a row
 
 
@@ -131,8 +131,11 @@ def extremes(x, s, op="max"):
     return out
 
 
-def lanes(x, s, op, p=0.0, shift=None, finite=False, times=None):
-    """[M, n, W] fp64: the lanes of all blocks of the rows, or nodes that lanes are joined to."""
+def lanes(x, s, op, p=0.0, shift=None, finite=False, times=None, readers=1):
+    """[M, n, W] fp64: the lanes of all blocks of the rows, or nodes that lanes are joined to.
+
+    readers: programs that need the sum of a row.
+    """
     m, k = x.shape
     blocks = triton.cdiv(k, BLOCK)
     out = torch.empty(m, blocks, LANES, dtype=torch.float64, device=x.device)
@@ -141,7 +144,7 @@ def lanes(x, s, op, p=0.0, shift=None, finite=False, times=None):
         *((0, 0) if times is None else strides(times)), s.blocks, s.parts(k), p,
         OP=op, FINITE=finite,
     )  # fmt: skip
-    if blocks <= CHAIN and m * blocks <= BLOCKS:
+    if blocks <= CHAIN and readers * m * blocks <= READ:
         return out
     nodes = torch.empty(m, 1, NODES, dtype=torch.float64, device=x.device)
     mul = op == "prod"
@@ -154,9 +157,9 @@ def blocks_of(sums: torch.Tensor | None) -> tuple[int, int]:
     return (0, 1) if sums is None else tuple(sums.shape[1:])
 
 
-def exp_parts(x, s, finite=False):
+def exp_parts(x, s, finite=False, readers=1):
     """Of rows in parts the maxima of the parts, and the lanes of the sum of exponentials."""
     if not s.blocks:
         return None, None
     tops = extremes(x, s)
-    return tops, lanes(x, s, "exp", shift=tops, finite=finite)
+    return tops, lanes(x, s, "exp", shift=tops, finite=finite, readers=readers)

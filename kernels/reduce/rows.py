@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from bicompile.certificate import choose
 from bicompile.kernels.common.launch import launch
 from bicompile.kernels.common.trees import (
     block_max,
@@ -16,7 +17,8 @@ from bicompile.kernels.common.trees import (
     power,
     row_shape,
 )
-from bicompile.kernels.reduce.schedules import schedule
+from bicompile.kernels.reduce.schedules import SINGLE
+from bicompile.kernels.reduce.table import entry, wanted
 
 
 @triton.jit
@@ -162,9 +164,11 @@ def as_rows(x: torch.Tensor, dim: list[int]) -> tuple[torch.Tensor, list[int]]:
 
 
 def row_schedule(x, family="reduce", crowded=False, held=False, cut=True):
-    """The table's schedule of a family's kernel for x [M, K] (see `schedules.wanted`)."""
+    """The table's schedule of a family's kernel for x [M, K] (see `table.wanted`)."""
     m, k = x.shape
-    return schedule(family, m, k, math.prod(row_shape(k)), crowded, held, cut)
+    e = entry(k, math.prod(row_shape(k)))
+    best = wanted(family, m, k, e, crowded, held, cut)
+    return choose(family, e.name, best, SINGLE[e.name], lambda: e.schedules(cut))
 
 
 def launch_rows(

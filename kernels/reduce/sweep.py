@@ -12,7 +12,7 @@ import torch
 from bicompile.kernels.common.trees import BLOCK
 from bicompile.kernels.reduce import gpu
 from bicompile.kernels.reduce.parts import CHAIN
-from bicompile.kernels.reduce.schedules import LONG, TABLE, Entry
+from bicompile.kernels.reduce.table import LONG, TABLE, Entry
 from bicompile.sweep import VALUES, BitClass, Depth, Problem
 
 #: Terms of a row by bit class: with the quick ones first.

@@ -113,7 +113,7 @@ def softmax(self, dim, dtype, chosen=None):
         rows = x.reshape(-1, k)
         s = chosen or row_schedule(rows, "softmax", held=True)
         if s.blocks:
-            tops, sums = exp_parts(rows, s)
+            tops, sums = exp_parts(rows, s, readers=s.parts(k))
             launch_parts(
                 softmax_part_kernel, s, rows, tops, sums, out, k, s.parts(k), *blocks_of(sums),
                 *strides(rows), s.blocks,
@@ -197,7 +197,7 @@ def softmax_backward(grad, output, dim, dtype, chosen=None):
         g, y = (t.reshape(-1, t.shape[-1]) for t in (grad, output))
         s = chosen or row_schedule(g, "softmax")
         if s.blocks:
-            sums = lanes(g, s, "sum", times=y)
+            sums = lanes(g, s, "sum", times=y, readers=s.parts(g.shape[1]))
             launch_parts(
                 softmax_backward_part_kernel, s, g, y, sums, out, g.shape[1], *blocks_of(sums),
                 *strides(g), *strides(y), s.blocks,
