@@ -145,7 +145,7 @@ class Weights:
 
     def operands(self, rows: int, columns: int, terms: int) -> list[tuple[torch.Tensor, ...]]:
         """Calls' operands, as many as the cache does not hold."""
-        x = self.left[: rows * terms].view(rows, terms)
+        x = self.left[: rows * terms].view(rows, terms).clone()  # without room behind it
         size = columns * terms
         made: list[tuple[torch.Tensor, ...]] = []
         while not made or len(made) * size * 2 * self.factors < CACHE:

@@ -60,6 +60,21 @@ def test_matmul_rows_and_schedules(kind, dtype, tf32, m, k, n):
 
 
 @law
+@pytest.mark.parametrize("count", [1, 5, 17, 40])
+def test_rows_in_the_memory_behind_an_operand_change_no_bit(count):
+    """Whole tiles are read where memory allows it, whatever stands there."""
+    a, w = randn(count, 72, dtype=HALF), randn(40, 72, dtype=HALF, seed=1)
+    behind = torch.cat([a, torch.full((63, 72), NAN, dtype=HALF, device=DEVICE)])[:count]
+    assert matmul._room(a) == count < matmul._room(behind)
+    assert matmul._room(behind[count - 1 :]) == 16
+    for s in schedules("half", "9.0"):
+        same(matmul.mm(behind, w.t(), False, chosen=s), matmul.mm(a, w.t(), False, chosen=s))
+    product = matmul.swiglu(behind, w.t(), w.t(), False)
+    same(product, matmul.swiglu(a, w.t(), w.t(), False))
+    assert matmul._room(product) > count and product.is_contiguous()
+
+
+@law
 def test_every_schedule_is_one_chain():
     """Sums of 0 are what was rounded away: where a chain is cut, in any column, shows."""
     large, w = randn(20, 136, dtype=HALF), randn(104, 136, dtype=HALF)

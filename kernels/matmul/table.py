@@ -93,30 +93,45 @@ TABLE: dict[str, tuple[Entry, ...]] = {
 
 
 def schedule(
-    kind: str, capability: str, processors: int, m: int, n: int, k: int, blocks: bool
+    kind: str, capability: str, processors: int, m: int, n: int, k: int, blocks: bool, room: int = 0
 ) -> Schedule:
-    """The schedule for m rows, n columns and k terms; `blocks`: descriptors can be used."""
-    found = ranked(kind, capability, processors, m, n, k, blocks)
+    """The schedule for m rows, n columns and k terms.
+
+    `blocks`: descriptors can be used. `room`: rows that can be read, if more than m.
+    """
+    found = ranked(kind, capability, processors, m, n, k, blocks, room)
     return choose("matmul", kind, found[-1], SINGLE[kind], lambda: found)
 
 
 @functools.cache
 def ranked(
-    kind: str, capability: str, processors: int, m: int, n: int, k: int, blocks: bool
+    kind: str, capability: str, processors: int, m: int, n: int, k: int, blocks: bool, room: int = 0
 ) -> tuple[Schedule, ...]:
     """What could serve, the fastest last; certified or not."""
     here = [s for s in schedules(kind, capability) if blocks or not s.tma]
     entries = [e for e in table(kind, capability) if e.schedule in here]
-    last = [e.schedule for e in by_time(entries, processors, m, n, k)]
+    last = [e.schedule for e in by_time(entries, processors, m, n, k, room)]
     return (*(s for s in here if s not in last), *last)
 
 
-def by_time(entries: Sequence[Entry], processors: int, m: int, n: int, k: int) -> list[Entry]:
-    """The entries for m rows, the fastest last."""
-    bound = min(e.rows for e in entries if m <= e.rows)
+def by_time(
+    entries: Sequence[Entry], processors: int, m: int, n: int, k: int, room: int = 0
+) -> list[Entry]:
+    """The entries for m rows, the fastest last; those of whole tiles too, where there is room."""
+    found = _timed(entries, processors, m, n, k)
+    if room > m:
+        whole = [e for e in entries if e.schedule.tma and not e.schedule.masked]
+        found += _timed(whole, processors, room, n, k)
+    return [e for _, e in sorted(found, key=lambda timed: timed[0], reverse=True)]
+
+
+def _timed(
+    entries: Sequence[Entry], processors: int, m: int, n: int, k: int
+) -> list[tuple[float, Entry]]:
+    """The entries for m rows, and their times."""
+    bound = min((e.rows for e in entries if m <= e.rows), default=0)
     rows = next((r for r in ROWS if m <= r), ROWS[-1])
-    found = [e for e in entries if e.rows == bound]
-    return sorted(found, key=lambda e: e.time(processors, rows, n, k), reverse=True)
+    return [(e.time(processors, rows, n, k), e) for e in entries if e.rows == bound]
 
 
 @functools.cache
