@@ -31,7 +31,7 @@ from rich.table import Table
 
 from bicompile import __version__, certificate
 from bicompile.certificate import INTERPRETED, Certificate, Family, Listing, Machine, sources
-from bicompile.errors import GpuNotFound, SweepFailed
+from bicompile.errors import DamagedCertificate, GpuNotFound, SweepFailed
 from bicompile.pool import gpu_is_lost, take_a_gpu
 
 if TYPE_CHECKING:
@@ -112,11 +112,18 @@ def run(args: argparse.Namespace) -> int:
     machine = Machine.here(-1 if INTERPRETED else torch.cuda.current_device())
     depth = Depth.SMALL if INTERPRETED else Depth.QUICK if args.quick else Depth.FULL
     folder = args.output or certificate.USER
-    kept = _kept(folder / machine.file) if args.family or args.new else {}
+    kept = _kept(folder / machine.file, needed=bool(args.family or args.new))
     console.print(f"[dim]{escape(str(machine))}[/]")
-    chosen = [module for family, module in modules().items() if family in (args.family or [family])]
+    known = modules()
+    chosen = [known[family] for family in dict.fromkeys(args.family or known)]
     jobs, start = args.jobs or default_jobs(), time.perf_counter()
-    results = sweep(chosen, depth, jobs, kept if args.new else {})
+
+    def write(results: Sequence[Result]) -> None:
+        """A sweep that is stopped leaves the families that it has been through."""
+        if not args.quick:
+            certify(results, machine, kept, args.new).write(folder)
+
+    results = sweep(chosen, depth, jobs, kept if args.new else {}, write)
     show(console, results)
     console.print(f"{jobs} processes, {time.perf_counter() - start:.0f} s")
     if args.json:
@@ -135,9 +142,14 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(r.splits or not r.members for r in results) else 0
 
 
-def _kept(path: Path) -> Mapping[str, Family]:
-    """What a certificate says of what is not swept this time."""
-    return Certificate.read(path).families if path.exists() else {}
+def _kept(path: Path, needed: bool) -> Mapping[str, Family]:
+    """What a certificate says of what is not swept this time, or not yet.
+
+    A damaged one is an error where it is needed; a whole sweep replaces it.
+    """
+    with contextlib.nullcontext() if needed else contextlib.suppress(DamagedCertificate):
+        return Certificate.read(path).families if path.exists() else {}
+    return {}
 
 
 def modules() -> dict[str, str]:
@@ -150,31 +162,51 @@ def modules() -> dict[str, str]:
 
 
 def sweep(
-    names: Sequence[str], depth: Depth, jobs: int, kept: Mapping[str, Family] | None = None
+    names: Sequence[str],
+    depth: Depth,
+    jobs: int,
+    kept: Mapping[str, Family] | None = None,
+    done: Callable[[Sequence[Result]], None] | None = None,
 ) -> list[Result]:
     """Run all problems of some modules, each in one of `jobs` processes that share the GPUs.
 
     Of what is kept from a certificate of these sources, nothing is tried again; a class with
-    nothing to try has no result.
+    nothing to try has no result. `done` is called with the results so far after each module.
     Most of the time goes into compiling kernels, on cores; a process compiles and runs its own. A
     kernel that does not compile or crashes ends the sweep of its bit class and of no other.
     """
+    items = {name: list(_items(name, depth, kept or {})) for name in names}
+    results: list[Result] = []
+
+    def finish(name: str, tried: Mapping[Item, Outcome | SweepFailed]) -> None:
+        results.extend(_results(name, depth, items[name], tried, kept or {}))
+        if done:
+            done(results)
+
+    _try(items, jobs, finish)
+    return results
+
+
+def _results(
+    name: str,
+    depth: Depth,
+    items: Sequence[Item],
+    tried: Mapping[Item, Outcome | SweepFailed],
+    kept: Mapping[str, Family],
+) -> Iterator[Result]:
+    """What came out of the bit classes of a module."""
     from bicompile.sweep import join
 
-    found: dict[tuple[str, int], list[Outcome | SweepFailed]] = defaultdict(list)
-    items = [item for name in names for item in _items(name, depth, kept or {})]
-    tried = _tried(items, jobs)
+    found: dict[int, list[Outcome | SweepFailed]] = defaultdict(list)
     for item in items:
-        found[item.module, item.bit_class].append(tried[item])
-    results = []
-    for (name, number), outcomes in found.items():
+        found[item.bit_class].append(tried[item])
+    for number, outcomes in found.items():
         c = _classes(name, depth)[number]
-        c = _without(c, _listed(c, kept or {}))
+        c = _without(c, _listed(c, kept))
         schedules = tuple(map(repr, (c.single, *c.others)))
         failure = next((o for o in outcomes if isinstance(o, SweepFailed)), None)
         joined = join([o for o in outcomes if not isinstance(o, SweepFailed)])
-        results.append(Result(c.family, c.name, schedules[0], schedules, joined, failure))
-    return results
+        yield Result(c.family, c.name, schedules[0], schedules, joined, failure)
 
 
 def _items(module: str, depth: Depth, kept: Mapping[str, Family]) -> Iterator[Item]:
@@ -202,39 +234,50 @@ def _without(bit_class: BitClass, listed: Sequence[str]) -> BitClass:
     return dataclasses.replace(bit_class, schedules=[bit_class.single, *left])
 
 
-def _tried(items: Sequence[Item], jobs: int) -> dict[Item, Outcome | SweepFailed]:
-    """What came out of each item, with a bar that lives while they come in.
+def _try(
+    items: Mapping[str, Sequence[Item]],
+    jobs: int,
+    finish: Callable[[str, Mapping[Item, Outcome | SweepFailed]], None],
+) -> None:
+    """Try the items of all modules, one module after the other; `finish` is told of each.
 
-    What was left when a process died, or had lost the GPU, others try again, at last one by one.
+    A bar lives while they come in. What was left when a process died, or had lost the GPU, others
+    try again, at last one by one.
     """
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     console = Console(file=sys.stderr)
+    every = [item for some in items.values() for item in some]
     found: dict[Item, Outcome | SweepFailed] = {}
+    left = {name: len(some) for name, some in items.items()}
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        task = progress.add_task(f"problems, {jobs} processes", total=len(items))
+        task = progress.add_task(f"problems, {jobs} processes", total=len(every))
 
         def keep(item: Item, outcome: Outcome | SweepFailed | None) -> None:
-            if outcome is not None:
-                found[item] = outcome
-                progress.advance(task)
+            if outcome is None:
+                return
+            found[item] = outcome
+            progress.advance(task)
+            left[item.module] -= 1
+            if not left[item.module]:
+                finish(item.module, found)
 
         if jobs == 1:
-            for item in items:
+            for item in every:
                 keep(item, work(item))
-        left, before = list(items), -1
-        while left := [i for i in left if i not in found]:
+        before = -1
+        while missing := [i for i in every if i not in found]:
             # Neighbours need the same kernels: side by side, each process would compile them.
-            random.Random(0).shuffle(left)
+            random.Random(0).shuffle(missing)
+            missing.sort(key=lambda item: [*items].index(item.module))
             together = len(found) > before
             before = len(found)
-            for some in [left] if together else [[i] for i in left]:
+            for some in [missing] if together else [[i] for i in missing]:
                 _try_once(some, jobs, keep)
             if not together:
                 break
-    for item in items:
-        if item not in found:
-            found[item] = SweepFailed(problem=_where(item), output="its process died")
-    return found
+        for item in every:
+            if item not in found:
+                keep(item, SweepFailed(problem=_where(item), output="its process died"))
 
 
 def _try_once(items: Sequence[Item], jobs: int, keep: Callable[..., None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from triton.runtime.errors import OutOfResources
 
 from bicompile import certificate, cli, verify
-from bicompile.certificate import Certificate, Machine
+from bicompile.certificate import Certificate, Family, Machine
 from bicompile.errors import SweepFailed
 from bicompile.sweep import BitClass, Depth, Problem, check
 
@@ -258,6 +259,33 @@ def test_other_families_are_kept(monkeypatch, own_certificates, tmp_path):
     Certificate(HERE, kept).write(tmp_path)
     assert cli.main([*there, "reduce"]) == 0
     assert Certificate.read(tmp_path / HERE.file).families == {**before.families, **kept}
+
+
+def test_a_sweep_that_is_stopped_leaves_what_it_has_been_through(monkeypatch, own_certificates):
+    def stop(x):
+        raise KeyboardInterrupt
+
+    def classes(module, depth):
+        family = module.split(".")[2]
+        only = make(*[stop] * (family == "softmax"))
+        return [dataclasses.replace(only, family=family)]
+
+    monkeypatch.setattr(verify, "INTERPRETED", True)
+    monkeypatch.setattr(verify, "_classes", classes)
+    monkeypatch.setattr(Machine, "here", lambda device: HERE)
+    before = {"softmax": Family("of other sources", {})}
+    Certificate(HERE, before).write(own_certificates)
+    with pytest.raises(KeyboardInterrupt):
+        verify.run(cli_arguments("--family", "rope", "--family", "softmax", "--family", "norm"))
+    found = Certificate.read(own_certificates / HERE.file).families
+    assert list(found) == ["softmax", "rope"] and found["softmax"] == before["softmax"]
+    assert found["rope"].classes["sums"].schedules == ("honest",)
+
+
+def cli_arguments(*given):
+    parser = argparse.ArgumentParser()
+    verify.add_arguments(parser)
+    return parser.parse_args(given)
 
 
 def test_only_what_is_new_is_tried(monkeypatch, own_certificates):
