@@ -102,22 +102,22 @@ def measure_limits(race: Race) -> dict[str, float]:
 
 
 def models(race: Race, rates: Mapping[str, float] | None, console: Console) -> Iterator[Row]:
-    """Rows of the model: compilation, each case, a second process."""
+    """Rows of the model: compilation, the same in a second process, which goes on to each case."""
     first = race.suite.first
     with race.caches() as caches:
+        with console.status(f"{race.dtype} model: the first answer"), race.workers(caches) as begun:
+            seconds, failures = first_answer(begun, first)
+        yield Row("compile, first answer", "s", seconds, missing=failures)
         with race.workers(caches) as workers:
-            with console.status(f"{race.dtype} model: the first answer"):
+            with console.status(f"{race.dtype} model: second process"):
                 seconds, failures = first_answer(workers, first)
-            yield Row("compile, first answer", "s", seconds, missing=failures)
+                memory, _ = ask_all(workers, "memory", at_once=False)
+            yield Row("second process, first answer", "s", seconds, missing=failures)
+            yield Row("second process, peak memory", "MB", memory)
             for row in groups(race, race.suite.models, workers, console):
                 yield row.beside(_limit(race, row, rates))
             memory, _ = ask_all(workers, "memory", at_once=False)
-            yield Row("peak memory, all cases", "MB", memory)
-        with console.status(f"{race.dtype} model: second process"), race.workers(caches) as again:
-            seconds, failures = first_answer(again, first)
-            memory, _ = ask_all(again, "memory", at_once=False)
-        yield Row("second process, first answer", "s", seconds, missing=failures)
-        yield Row("second process, peak memory", "MB", memory)
+        yield Row("peak memory, all cases", "MB", memory)
 
 
 def first_answer(
