@@ -125,7 +125,9 @@ def test_the_limits_are_those_of_the_bench():
             }
     text = (ROOT / "docs/limits.md").read_text()
     for what, reached, default, ours in re.findall(
-        r"\| ((?:decode|prefill|1000|compile|second|peak)[^|]+) \| [\d.]+ \| ([\d.]+) \| (\S+) \| (\S+) \|", text
+        r"\| ((?:decode|prefill|1000|compile|second|peak)[^|]+)"
+        r" \| [\d.]+ \| ([\d.]+) \| (\S+) \| (\S+) \|",
+        text,
     ):
         row = rows[what]
         ratio = row.ratio("inductor", "reduce-overhead")
