@@ -64,7 +64,8 @@ def test_matmul_rows_and_schedules(kind, dtype, tf32, m, k, n):
 def test_rows_in_the_memory_behind_an_operand_change_no_bit(count):
     """Whole tiles are read where memory allows it, whatever stands there."""
     a, w = randn(count, 72, dtype=HALF), randn(40, 72, dtype=HALF, seed=1)
-    behind = torch.cat([a, torch.full((63, 72), NAN, dtype=HALF, device=DEVICE)])[:count]
+    behind = torch.full((count + 63, 80), NAN, dtype=HALF, device=DEVICE)[:count, :72]
+    behind.copy_(a)
     assert matmul._room(a) == count < matmul._room(behind)
     assert matmul._room(behind[count - 1 :]) == 16
     for s in schedules("half", "9.0"):

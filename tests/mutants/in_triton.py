@@ -153,6 +153,22 @@ MUTANTS = (
         MATMUL,
     ),
     Mutant(
+        "terms behind the end of a row are read with the rows behind a matrix",
+        "kernels/matmul/gpu.py",
+        "    return TensorDescriptor(x, [max(len(x), room), x.shape[1]], ",
+        "    return TensorDescriptor(x, [max(len(x), room), x.stride(0) if room else x.shape[1]], ",
+        "the sum of a row has terms of its padding",
+        MATMUL,
+    ),
+    Mutant(
+        "rows behind a matrix are read where its memory has ended",
+        "kernels/matmul/gpu.py",
+        "    return wanted if has else m\n",
+        "    return wanted\n",
+        "memory of others is read, or none",
+        MATMUL,
+    ),
+    Mutant(
         "the product is not rounded before it is added",
         "kernels/matmul/tiles.py",
         "        y = y.to(TYPE).to(tl.float32) + _added(",
