@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from bicompile import testing
+from bicompile.errors import SweepFailed
 
 Tensors = tuple[torch.Tensor | None, ...]
 Outputs = tuple[torch.Tensor, ...]
@@ -202,6 +203,39 @@ class Outcome:
     cases: int = 0
     digest: str = ""
     differences: list[Difference] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a sweep found out about a bit class.
+
+    Args:
+        family, bit_class: which one.
+        single: the schedule the others were held against.
+        schedules: all that were tried.
+        outcome: what was seen.
+        failure: the first problem that could not be tried to its end.
+    """
+
+    family: str
+    bit_class: str
+    single: str
+    schedules: tuple[str, ...]
+    outcome: Outcome
+    failure: SweepFailed | None = None
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The schedules with equal bits; none after a failure, or if the single one has others."""
+        out = {d.schedule for d in self.outcome.differences}
+        if self.failure or self.single in out:
+            return ()
+        return tuple(s for s in self.schedules if s not in out)
+
+    @property
+    def splits(self) -> list[Difference]:
+        """The differences in bits."""
+        return [d for d in self.outcome.differences if d.runs]
 
 
 def check(bit_class: BitClass, problem: Problem, device: str, part: int = 0) -> Outcome:

@@ -23,19 +23,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from bicompile import __version__, certificate
 from bicompile.certificate import INTERPRETED, Certificate, Family, Listing, Machine, sources
 from bicompile.errors import DamagedCertificate, GpuNotFound, SweepFailed
 from bicompile.pool import gpu_is_lost, take_a_gpu
+from bicompile.verify_text import show
 
 if TYPE_CHECKING:
-    from bicompile.sweep import BitClass, Depth, Difference, Outcome
+    from bicompile.sweep import BitClass, Depth, Outcome, Result
 
 MEMORY_OF_A_JOB = 2 << 30
 """Bytes of GPU memory that a process may need, its context included."""
@@ -54,39 +53,6 @@ class Item:
     problem: int
     part: int
     listed: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a sweep found out about a bit class.
-
-    Args:
-        family, bit_class: which one.
-        single: the schedule the others were held against.
-        schedules: all that were tried.
-        outcome: what was seen.
-        failure: the first problem that could not be tried to its end.
-    """
-
-    family: str
-    bit_class: str
-    single: str
-    schedules: tuple[str, ...]
-    outcome: Outcome
-    failure: SweepFailed | None = None
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        """The schedules with equal bits; none after a failure, or if the single one has others."""
-        out = {d.schedule for d in self.outcome.differences}
-        if self.failure or self.single in out:
-            return ()
-        return tuple(s for s in self.schedules if s not in out)
-
-    @property
-    def splits(self) -> list[Difference]:
-        """The differences in bits."""
-        return [d for d in self.outcome.differences if d.runs]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,12 +84,12 @@ def run(args: argparse.Namespace) -> int:
     chosen = [known[family] for family in dict.fromkeys(args.family or known)]
     jobs, start = args.jobs or default_jobs(), time.perf_counter()
 
-    def write(results: Sequence[Result]) -> None:
-        """A sweep that is stopped leaves the families that it has been through."""
-        if not args.quick:
-            certify(results, machine, kept, args.new).write(folder)
+    def write(results: Sequence[Result]) -> Path:
+        return certify(results, machine, kept, args.new).write(folder)
 
-    results = sweep(chosen, depth, jobs, kept if args.new else {}, write)
+    # A sweep that is stopped leaves the families that it has been through.
+    done = None if args.quick else write
+    results = sweep(chosen, depth, jobs, kept if args.new else {}, done)
     show(console, results)
     console.print(f"{jobs} processes, {time.perf_counter() - start:.0f} s")
     if args.json:
@@ -132,8 +98,7 @@ def run(args: argparse.Namespace) -> int:
     if args.quick:
         console.print("Nothing was written: a certificate needs the sweep without --quick.")
     else:
-        path = certify(results, machine, kept, args.new).write(folder)
-        console.print(f"Certificate: {path}", soft_wrap=True)
+        console.print(f"Certificate: {write(results)}", soft_wrap=True)
     failures = [r.failure for r in results if r.failure]
     for failure in failures[1:]:
         console.print(escape(str(failure)), soft_wrap=True)
@@ -166,7 +131,7 @@ def sweep(
     depth: Depth,
     jobs: int,
     kept: Mapping[str, Family] | None = None,
-    done: Callable[[Sequence[Result]], None] | None = None,
+    done: Callable[[Sequence[Result]], object] | None = None,
 ) -> list[Result]:
     """Run all problems of some modules, each in one of `jobs` processes that share the GPUs.
 
@@ -195,7 +160,7 @@ def _results(
     kept: Mapping[str, Family],
 ) -> Iterator[Result]:
     """What came out of the bit classes of a module."""
-    from bicompile.sweep import join
+    from bicompile.sweep import Result, join
 
     found: dict[int, list[Outcome | SweepFailed]] = defaultdict(list)
     for item in items:
@@ -382,29 +347,6 @@ def _notes() -> dict[str, str]:
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
-
-
-def show(console: Console, results: Sequence[Result]) -> None:
-    """Print a line per bit class, then every schedule that is not in its class."""
-    table = Table("family", "bit class", "schedules", "results of each", "", box=box.SIMPLE)
-    for result in results:
-        count = f"{len(result.members)} of {len(result.schedules)}"
-        verdict = "[red]split[/]" if result.splits else "[green]equal bits[/]"
-        table.add_row(
-            result.family, result.bit_class, count, str(result.outcome.cases), verdict
-        )  # fmt: skip
-    console.print(table)
-    for difference in (d for r in results for d in r.outcome.differences):
-        console.print(escape(describe(difference)), soft_wrap=True)
-
-
-def describe(difference: Difference) -> str:
-    """A difference in words: the schedule, the call, the first element that differs."""
-    fate = "is not in its class" if difference.runs else "does not run here"
-    return (
-        f"{difference.family}, {difference.bit_class}: {difference.schedule} {fate}\n"
-        f"  {difference.problem}; {difference.call}\n  {difference.text}"
-    )
 
 
 def as_json(results: Sequence[Result]) -> Any:

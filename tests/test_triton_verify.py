@@ -7,7 +7,7 @@ import pytest
 import torch
 from triton_set_up import DEVICE, INTERPRET, law, on_device, same
 
-from bicompile import backend, certificate, cli, registry, sweep, verify
+from bicompile import backend, certificate, cli, registry, sweep, verify, verify_text
 from bicompile.certificate import Certificate, Machine
 from bicompile.kernels.attention import gpu as attention
 from bicompile.kernels.common.launch import capability, processors
@@ -30,7 +30,7 @@ def test_planted_schedules_are_found_and_then_refused(own_certificates):
         (difference,) = result.splits
         assert difference.schedule == repr(planted)
         assert set(result.schedules) - set(result.members) == {repr(planted)}
-        text = verify.describe(difference)
+        text = verify_text.describe(difference)
         assert f"{result.bit_class}: {planted} is not in its class" in text
         assert "first at [" in text and " is not 0x" in text
     verify.certify(results, machine()).write(own_certificates)

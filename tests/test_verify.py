@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from rich.console import Console
 from triton.runtime.errors import OutOfResources
 
-from bicompile import certificate, cli, verify
+from bicompile import certificate, cli, verify, verify_text
 from bicompile.certificate import Certificate, Family, Machine
 from bicompile.errors import SweepFailed
 from bicompile.sweep import BitClass, Depth, Problem, check
@@ -118,7 +118,7 @@ def test_what_leaves_the_class_is_found(sweep_of, planted):
     result = sweep_of(make(planted))
     (difference,) = result.splits
     assert result.members == ("honest",)
-    text = verify.describe(difference)
+    text = verify_text.describe(difference)
     assert f"reduce, sums: {planted.__name__} is not in its class\n  sum 19x100; " in text
     assert FOUND[planted] in difference.call
     assert "first at [" in text and " is not 0x" in text
@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_left_out(sweep_of, single):
     else:
         assert fates == {"needs_much_memory": False}
         assert result.members == ()
-    text = verify.describe(result.outcome.differences[-1])
+    text = verify_text.describe(result.outcome.differences[-1])
     assert "needs_much_memory does not run here" in text and "232448" in text
 
 
@@ -214,7 +214,7 @@ def test_each_schedule_is_reported_once(sweep_of):
         "needs_much_memory",
     ]
     console = Console(width=200, record=True)
-    verify.show(console, [result])
+    verify_text.show(console, [result])
     shown = console.export_text()
     assert "1 of 3" in shown and "split" in shown
     assert shown.count("is not in its class") == shown.count("does not run here") == 1
