@@ -20,7 +20,8 @@ from torch.fx import Node
 
 from bicompile import certificate
 from bicompile.graph import hint, value
-from bicompile.kernels.attention import schedules as attention_table
+from bicompile.kernels.attention import schedules as attention_schedules
+from bicompile.kernels.attention import table as attention_table
 from bicompile.kernels.matmul import table as matmul_table
 from bicompile.kernels.matmul.schedules import kind_of
 from bicompile.kernels.rope import schedules as rope_table
@@ -122,10 +123,10 @@ def _attention_cuda(name: str, args: Arguments) -> Choice:
     query, key, val = [*args.values()][:3]
     head = max(16, *(1 << (hint(t.shape[3]) - 1).bit_length() for t in (query, val)))
     rows = hint(query.shape[2]) * (hint(query.shape[1]) // hint(key.shape[1]))
-    at = attention_table.key(query.element_size(), head)
-    single = attention_table.SINGLE[at]
+    at = attention_schedules.key(query.element_size(), head)
+    single = attention_schedules.SINGLE[at]
     wanted = attention_table.wanted(at, rows, _capability())
-    chosen = _served("attention", attention_table.bit_class(*at), wanted, single)
+    chosen = _served("attention", attention_schedules.bit_class(*at), wanted, single)
     return _choice(chosen, attention_table.schedules(at, _capability()))
 
 

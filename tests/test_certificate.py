@@ -20,7 +20,9 @@ import bicompile
 from bicompile import certificate, cli, registry, sweep, verify
 from bicompile.certificate import Certificate, Family, Listing, Machine, choose
 from bicompile.errors import DamagedCertificate
+from bicompile.kernels.attention import gpu as attention_gpu
 from bicompile.kernels.attention import schedules as attention
+from bicompile.kernels.attention import table as attention_table
 from bicompile.kernels.convolution import schedules as convolution
 from bicompile.kernels.matmul import table as matmul
 from bicompile.kernels.matmul.schedules import kinds
@@ -90,8 +92,8 @@ def test_tables_ask_the_certificate(h100):
     make().write(h100)
     assert matmul.schedule(*few) == matmul.schedule(*many) == LISTED
     assert row_schedule(torch.empty(1_000_000, 50, device="meta")) == rows.TABLE[1].single
-    assert attention.schedule(2, 128, 1, "9.0") == attention.SINGLE[2, 128]
-    assert attention.splits(1, 8, 1024) is False
+    assert attention_gpu._schedule(2, 128, 1, "9.0") == attention.SINGLE[2, 128]
+    assert attention_table.splits(1, 8, 1024) and not attention_gpu._split(1, 8, 1024)
 
 
 def test_unknown_machine_is_told_once(h100):
@@ -247,7 +249,10 @@ def test_every_table_is_swept():
         if kind in convolution.SINGLE:
             tables["convolution", kind] = set(convolution.schedules(kind))
     for at, single in attention.SINGLE.items():
-        tables["attention", attention.bit_class(*at)] = {single, *attention.schedules(at, "9.0")}
+        tables["attention", attention.bit_class(*at)] = {
+            single,
+            *attention_table.schedules(at, "9.0"),
+        }
     for family in ("reduce", "softmax", "norm"):
         for entry in (*rows.TABLE, rows.LONG):
             tables[family, entry.name] = set(entry.schedules(cut=family != "norm"))

@@ -23,6 +23,7 @@ from bicompile import registry
 from bicompile.kernels.attention import gpu as attention
 from bicompile.kernels.attention import gradients
 from bicompile.kernels.attention import schedules as attention_schedules
+from bicompile.kernels.attention import table as attention_table
 from bicompile.kernels.attention.op import sdpa_reference
 from bicompile.kernels.attention_backward import gpu as attention_backward
 from bicompile.kernels.common.launch import capability
@@ -68,7 +69,7 @@ one_dtype = pytest.mark.parametrize("dtype", DTYPES[:1] if INTERPRET else DTYPES
 def _schedules(q, head):
     """Every schedule of this device; the interpreter runs those of the newest."""
     at = attention_schedules.key(q.element_size(), head)
-    return attention_schedules.schedules(at, capability(q.device))
+    return attention_table.schedules(at, capability(q.device))
 
 
 @law

@@ -60,9 +60,9 @@ def test_bytes_that_decide_an_operand_change_its_layout(compiled):
 @pytest.mark.parametrize("rows", [16, 64])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.int32])
 def test_masks_do_not_change_the_layout_of_operands(compiled, rows, dtype):
-    from bicompile.kernels.attention import gpu, schedules
+    from bicompile.kernels.attention import gpu, table
 
-    use = next(s for s in schedules.table((2, 64), "9.0") if s.rows == rows)
+    use = next(s for s in table.table((2, 64), "9.0") if s.rows == rows)
     q, k = (torch.zeros(1, h, 64, 64, dtype=torch.bfloat16) for h in (4, 2))
     gpu.sdpa(q, k, k, torch.ones(64, 64, dtype=dtype), False, 0.125, chosen=use)
     assert _operand_layouts(compiled["attention_kernel"]) == {2}

@@ -13,9 +13,12 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from bicompile.certificate import choose
 from bicompile.kernels.attention.gradients import sdpa_backward as sdpa_backward
 from bicompile.kernels.attention.masks import FAR, NO_KEY, mask_arguments, visible_range
-from bicompile.kernels.attention.schedules import schedule, splits
+from bicompile.kernels.attention.schedules import SINGLE, bit_class
+from bicompile.kernels.attention.schedules import key as key_of
+from bicompile.kernels.attention.table import may_split, schedules, splits, wanted
 from bicompile.kernels.attention.tiles import attend, finish, merge_run, opaque, with_sink
 from bicompile.kernels.common.launch import after_others, capability, is_aligned, launch
 from bicompile.kernels.common.trees import LOG2E, strides
@@ -298,13 +301,13 @@ def sdpa(
     dp, dvp = (max(16, triton.next_power_of_2(n)) for n in (d, dv))
     g = h // hkv
     rows, tile = q_len * g, TILE[query.element_size()]
-    use = chosen or schedule(query.element_size(), max(dp, dvp), rows, capability(query.device))
+    use = chosen or _schedule(query.element_size(), max(dp, dvp), rows, capability(query.device))
     query, key, value = _near(query), _near(key), _near(value)
     numbered = attn_mask is not None and attn_mask.dtype == torch.int32
     # Keys of a window start anywhere in a chunk.
     tiles, chunks = triton.cdiv(rows, use.rows), triton.cdiv(s + numbered * (CHUNK - 1), CHUNK)
     if split is None:
-        split = splits(tiles * b * hkv, chunks, b * hkv * rows * chunks * dv * 4)
+        split = _split(tiles * b * hkv, chunks, b * hkv * rows * chunks * dv * 4)
     split, bias = split and s > 0, attn_mask is not None and attn_mask.is_floating_point()
     arrays, numbers = (out, out), (0,) * 7
     if attn_mask is not None:
@@ -331,6 +334,19 @@ def sdpa(
     if split:
         _merge(top, total, acc, sinks, out, hkv, scale, has_sinks)
     return out.transpose(1, 2)
+
+
+def _schedule(size, head, rows, capability):
+    """The table's schedule of a group of `rows` rows."""
+    at = key_of(size, head)
+    best = wanted(at, rows, capability)
+    return choose("attention", bit_class(*at), best, SINGLE[at], lambda: schedules(at, capability))
+
+
+def _split(tiles, chunks, scratch):
+    """Whether each chunk of keys gets a program of its own (a bit class by itself)."""
+    best, can = splits(tiles, chunks, scratch), may_split(chunks, scratch)
+    return choose("attention", "split", best, False, lambda: (can, False))
 
 
 def _merge(top, total, acc, sinks, out, hkv, scale, has_sinks):

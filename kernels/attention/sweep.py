@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 
 from bicompile.kernels.attention import gpu
-from bicompile.kernels.attention.schedules import SINGLE, bit_class, schedules
+from bicompile.kernels.attention.schedules import SINGLE, bit_class
+from bicompile.kernels.attention.table import schedules
 from bicompile.kernels.common.launch import capability
 from bicompile.sweep import BitClass, Depth, Problem
 

@@ -145,13 +145,17 @@ def _wild(
 
 @triton.jit
 def _tile(
-    key0, partial, m, lanes, acc, q, K, V, KT, VT, MASK, first, last, plain, low, top, b, h,
+    key0, ends, partial, m, lanes, acc, mt, lt, at,
+    q, K, V, KT, VT, MASK, first, last, plain, low, top, b, h,
     sqd, sks, skd, svs, svd, sms, scale, bend,
     SIGN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     R: tl.constexpr, T: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr,
     CAREFUL: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax: keys key0 .. key0 + T - 1."""
+    """One step of the online softmax: keys key0 .. key0 + T - 1.
+
+    `ends`: the chunk before (m, lanes, acc) is complete; it is merged into mt, lt, at.
+    """
     if TMA:
         k = tl.reshape(KT.load([b, h, key0, 0]), [T, DP])
         v = tl.reshape(VT.load([b, h, key0, 0]), [T, DVP])
@@ -170,6 +174,10 @@ def _tile(
     elif partial:
         bound = opaque(last)
         s, _ = _visible(s, key0, first, bound, plain, MASK, sms, scale, T, False, False)
+    if ends:
+        mt, lt, at = merge(mt, lt, at, m, pair_tree(lanes, R, lanes.shape[1]), acc, scale)
+        m = tl.full([R], float("-inf"), tl.float32)
+        lanes, acc = tl.zeros(lanes.shape, tl.float32), tl.zeros(acc.shape, tl.float32)
     p, m, factor = _weigh(s, m, scale, v.dtype.primitive_bitwidth == 16)
     lanes = tl.math.fma(lanes, tl.broadcast_to(factor[:, None], lanes.shape), _fold(p, R, T))
     p = p.to(v.dtype)
@@ -180,7 +188,7 @@ def _tile(
     if CAREFUL:
         wild = tl.max(tl.max(wild.to(tl.int32), 1), 0) > 0
         acc = _wild(acc, wild, p, vis, V, key0, low, top, svs, svd, DV, T)
-    return m, lanes, acc
+    return m, lanes, acc, mt, lt, at
 
 
 @triton.jit
@@ -194,6 +202,7 @@ def attend(
 ):  # fmt: skip
     """Maximum, sum of weights and weighted values over tiles [t0, t1) in chunks [c0, c1).
 
+    One loop over all tiles: the loads of a chunk begin while the one before is still computed.
     MASKED: the ranges of the rows do not say all, the mask is read. CAREFUL: inf and NaN in V touch
     only the rows that see them; else they may turn a row that does not see them to NaN.
     """
@@ -206,25 +215,22 @@ def attend(
     mt = tl.full([R], float("-inf"), tl.float32)
     lt = tl.zeros([R], tl.float32)
     at = tl.zeros([R, DVP], tl.float32)
-    for c in tl.range(c0, c1):
-        m = tl.full([R], float("-inf"), tl.float32)
-        lanes = tl.zeros([R, W], tl.float32)
-        acc = tl.zeros([R, DVP], tl.float32)
-        lo = tl.maximum(t0, c * PER)
-        hi = tl.minimum(t1, c * PER + PER)
-        for t in tl.range(lo, hi, num_stages=STAGES):
-            key0 = anchor + t * T
-            m, lanes, acc = _tile(
-                key0, (t >= full) | (key0 < head), m, lanes, acc,
-                q, K, V, KT, VT, MASK, first, last, plain, low, top, b, h,
-                sqd, sks, skd, svs, svd, sms, scale, bend,
-                SIGN, D, DV, DP, DVP, R, T, TMA, MASKED, BIAS, CAREFUL, CAP,
-            )  # fmt: skip
-        l = pair_tree(lanes, R, W)
-        if SPLIT:
-            mt, lt, at = m, l, acc
-        else:
-            mt, lt, at = merge(mt, lt, at, m, l, acc, scale)
+    m, lanes, acc = mt, tl.zeros([R, W], tl.float32), at
+    first_tile = tl.maximum(t0, c0 * PER)
+    for t in tl.range(first_tile, tl.minimum(t1, c1 * PER), num_stages=STAGES):
+        key0 = anchor + t * T
+        ends = False if SPLIT else (t % PER == 0) & (t > first_tile)
+        m, lanes, acc, mt, lt, at = _tile(
+            key0, ends, (t >= full) | (key0 < head), m, lanes, acc, mt, lt, at,
+            q, K, V, KT, VT, MASK, first, last, plain, low, top, b, h,
+            sqd, sks, skd, svs, svd, sms, scale, bend,
+            SIGN, D, DV, DP, DVP, R, T, TMA, MASKED, BIAS, CAREFUL, CAP,
+        )  # fmt: skip
+    l = pair_tree(lanes, R, W)
+    if SPLIT:
+        mt, lt, at = m, l, acc
+    else:
+        mt, lt, at = merge(mt, lt, at, m, l, acc, scale)
     return mt, lt, at
 
 
