@@ -20,6 +20,8 @@ from triton_set_up import (
     views,
 )
 
+from bicompile.kernels.attention import gpu as attention
+from bicompile.kernels.common.room import empty_with_room, rows_that_fit
 from bicompile.kernels.matmul import gpu as matmul
 from bicompile.kernels.matmul.table import schedules
 
@@ -66,13 +68,22 @@ def test_rows_in_the_memory_behind_an_operand_change_no_bit(count):
     a, w = randn(count, 72, dtype=HALF), randn(40, 72, dtype=HALF, seed=1)
     behind = torch.full((count + 63, 80), NAN, dtype=HALF, device=DEVICE)[:count, :72]
     behind.copy_(a)
-    assert matmul._room(a) == count < matmul._room(behind)
-    assert matmul._room(behind[count - 1 :]) == 16
+    assert rows_that_fit(a) == count < rows_that_fit(behind)
+    assert rows_that_fit(behind[count - 1 :]) == 16
     for s in schedules("half", "9.0"):
         same(matmul.mm(behind, w.t(), False, chosen=s), matmul.mm(a, w.t(), False, chosen=s))
     product = matmul.swiglu(behind, w.t(), w.t(), False)
     same(product, matmul.swiglu(a, w.t(), w.t(), False))
-    assert matmul._room(product) > count and product.is_contiguous()
+    assert rows_that_fit(product) > count and product.is_contiguous()
+
+
+@law
+def test_results_that_a_product_reads_have_room():
+    """The heads of few queries side by side, as a model hands them to a product."""
+    q, k = randn(3, 2, 5, 16, dtype=HALF), randn(3, 2, 7, 16, dtype=HALF)
+    heads = attention.sdpa(q, k, k, None, False, 0.25).transpose(1, 2)
+    assert heads.is_contiguous() and rows_that_fit(heads.reshape(15, 32)) == 16
+    assert rows_that_fit(empty_with_room(65, 8, dtype=HALF, device=q.device)) == 65
 
 
 @law

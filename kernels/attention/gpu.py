@@ -21,6 +21,7 @@ from bicompile.kernels.attention.schedules import key as key_of
 from bicompile.kernels.attention.table import may_split, schedules, splits, wanted
 from bicompile.kernels.attention.tiles import attend, finish, merge_run, opaque, with_sink
 from bicompile.kernels.common.launch import after_others, capability, is_aligned, launch
+from bicompile.kernels.common.room import empty_with_room
 from bicompile.kernels.common.trees import LOG2E, strides
 
 CHUNK = 512  # pinned: keys of a chunk
@@ -295,7 +296,8 @@ def sdpa(
     """
     b, h, q_len, d = query.shape
     hkv, s, dv = key.shape[1], key.shape[2], value.shape[3]
-    out = torch.empty((b, q_len, h, dv), dtype=dtype or query.dtype, device=query.device)
+    like = {"dtype": dtype or query.dtype, "device": query.device}
+    out = empty_with_room(b * q_len, h, dv, **like).view(b, q_len, h, dv)  # a product follows
     if out.numel() == 0:
         return out.transpose(1, 2)
     dp, dvp = (max(16, triton.next_power_of_2(n)) for n in (d, dv))

@@ -8,13 +8,13 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bicompile.kernels.common.launch import after_others, capability, is_aligned, launch, processors
+from bicompile.kernels.common.room import empty_with_room, rows_that_fit
 from bicompile.kernels.common.trees import strides
 from bicompile.kernels.matmul.schedules import PART, SINGLE, Schedule, kind_of
 from bicompile.kernels.matmul.table import schedule
 from bicompile.kernels.matmul.tiles import chain, chain_of_blocks, put, tile_of
 
 QKV_ROWS = 128  # up to here q, k and v are one launch; above, each fills the device alone
-ROOMS = 16, 64  # rows of tiles that few rows fill in part (see `_room`)
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -150,7 +150,8 @@ def _choose(kind: str, a, weights, n: int, chosen: Schedule | None) -> Schedule:
     if chosen is not None:
         s = chosen if blocks or not chosen.tma else SINGLE[kind]
     else:
-        device, room = (capability(a.device), processors(a.device)), _room(a[0]) if blocks else 0
+        device = capability(a.device), processors(a.device)
+        room = rows_that_fit(a[0]) if blocks else 0
         s = schedule(kind, *device, a.shape[1], n * a.shape[0], a.shape[2], blocks, room)
     assert not kind.startswith("ieee") or s.bk == PART
     return s
@@ -180,29 +181,14 @@ def _described(
     return TensorDescriptor(x, [max(len(x), room), x.shape[1]], [x.stride(0), 1], [rows, columns])
 
 
-def _room(x: torch.Tensor) -> int:
-    """Rows of a whole tile where x [M, K] fills one in part and has memory for the others; else M.
-
-    A descriptor is slow at rows beyond a matrix. What stands in those of x, nobody asks: a row of a
-    product depends on no other.
-    """
-    (m, k), (row, column) = x.shape, x.stride()
-    wanted = _tile_rows(m)
-    last = x.storage_offset() + (wanted - 1) * row + k
-    has = column == 1 and last * x.element_size() <= x.untyped_storage().nbytes()
-    return wanted if has else m
-
-
-def _tile_rows(m: int) -> int:
-    return next((rows for rows in ROOMS if m <= rows), m)
-
-
 def _launch(a, b, c=None, *, tf32, end="", beta=0.0, alpha=1.0, b2=None, chosen=None):
     """a [B, M, K], b and b2 [B, K, N], c None or broadcast to [B, M, N] -> [B, M, N]."""
     (batch, m, k), n = a.shape, b.shape[2]
-    # What follows a swiglu is a product: its left operand gets room.
-    rows = _tile_rows(m) if end == "swiglu" else m
-    out = torch.empty((batch, rows, n), dtype=a.dtype, device=a.device)[:, :m]
+    like = {"dtype": a.dtype, "device": a.device}
+    if end == "swiglu":
+        out = empty_with_room(m, n, **like)[None]  # what follows is a product
+    else:
+        out = torch.empty((batch, m, n), **like)
     if out.numel() == 0:
         return out
     weights = (b,) if b2 is None else (b, b2)
@@ -214,7 +200,7 @@ def _launch(a, b, c=None, *, tf32, end="", beta=0.0, alpha=1.0, b2=None, chosen=
     common |= {"num_warps": s.warps, "num_stages": s.stages}
     if s.tma:
         along_m, along_k = not _is_blocked(a[0]), not _is_blocked(b[0])
-        left = a[0] if s.masked else _described(a[0], s.bm, s.bk, along_m, _room(a[0]))
+        left = a[0] if s.masked else _described(a[0], s.bm, s.bk, along_m, rows_that_fit(a[0]))
 
         def blocks(bn: int) -> tuple[TensorDescriptor | None, ...]:
             """Of the weights, the first again for a second that is not there, and of the result."""

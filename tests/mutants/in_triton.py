@@ -162,7 +162,7 @@ MUTANTS = (
     ),
     Mutant(
         "rows behind a matrix are read where its memory has ended",
-        "kernels/matmul/gpu.py",
+        "kernels/common/room.py",
         "    return wanted if has else m\n",
         "    return wanted\n",
         "memory of others is read, or none",
