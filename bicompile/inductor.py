@@ -144,6 +144,8 @@ SCALARIZED = (
     *("erfc", "erfinv", "lgamma", "digamma", "i0", "i0e", "fma"),
 )
 
+LITTLE = 1 << 20
+"""Bytes whose memory is not worth a kernel."""
 _PREFIX = re.compile(r"#include .*cpp_prefix.*\n")
 _MISSING: Any = object()
 _lock = threading.RLock()
@@ -275,12 +277,25 @@ def _functions_of_sizes(printer: type[Any]) -> Iterator[tuple[Any, str, Any]]:
             yield printer, name, wide(value)
 
 
+def _raises_memory(of_any_size: Callable[..., bool]) -> Callable[..., bool]:
+    """Whether two kernels as one hold more memory, if it is more than LITTLE that they read."""
+
+    def raises(self: Any, *kernels: Any) -> bool:
+        if not of_any_size(self, *kernels):
+            return False
+        read = (self.dep_size_hint(d) for kernel in kernels for d in kernel.read_writes.reads)
+        return bool(sum(read) > LITTLE)
+
+    return raises
+
+
 @functools.cache
 def _replacements() -> tuple[tuple[Any, str, Any], ...]:
     """What `overrides()` installs, as (owner, attribute, value)."""
     from torch._inductor import exc, graph, lowering
     from torch._inductor.codegen import cpp
     from torch._inductor.codegen.triton import TritonPrinter
+    from torch._inductor.scheduler import Scheduler
 
     scalar, vector = cpp.CppOverrides, cpp.CppVecOverrides
     pairs = {name: _fast(name, scalar, vector) for name in FAST}
@@ -305,6 +320,10 @@ def _replacements() -> tuple[tuple[Any, str, Any], ...]:
     table.append((lowering, "get_constant_value", lambda *_: None))
     table += [(TritonPrinter, "_print_IntTrueDiv", _quotient)]
     table += [(TritonPrinter, "_print_Float", _number), *_functions_of_sizes(TritonPrinter)]
+    # Keys and values of a token go into a cache by one kernel, if it is one kernel's worth.
+    raises = "can_fusion_increase_peak_memory"
+    if hasattr(Scheduler, raises):
+        table.append((Scheduler, raises, _raises_memory(getattr(Scheduler, raises))))
     group = cpp.KernelGroup
     table.append((group, "codegen_group", _with_header(group.codegen_group)))
     return tuple(table)

@@ -8,6 +8,7 @@ strided, broadcast, masked, one and two threads).  A canary runs the same check 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -289,6 +290,19 @@ def test_overrides_leave_inductor_as_it_was():
     with pytest.raises(ZeroDivisionError), inductor.overrides():
         raise ZeroDivisionError
     assert snapshot() == before
+
+
+def test_small_kernels_are_joined_though_both_could_reuse_memory():
+    # Else the keys and the values of a token go into a cache by a kernel each.
+    def reading(*sizes):
+        return SimpleNamespace(read_writes=SimpleNamespace(reads=sizes))
+
+    scheduler = SimpleNamespace(dep_size_hint=int)
+    always, never = (inductor._raises_memory(lambda *_, r=r: r) for r in (True, False))
+    small, large = reading(2048, 8), reading(inductor.LITTLE)
+    assert not always(scheduler, small, small)
+    assert always(scheduler, small, large)
+    assert not never(scheduler, large, large)
 
 
 def test_every_replaced_function_keeps_its_name():
