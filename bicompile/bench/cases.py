@@ -311,7 +311,7 @@ SYSTEMS: Mapping[tuple[str, str], tuple[System, ...]] = {
     ("cuda", "model"): (
         System("inductor", "inductor", dynamic=False),
         System("reduce-overhead", "inductor", "reduce-overhead", dynamic=False),
-        System(OURS, "bicompile", "reduce-overhead"),
+        System(OURS, "bicompile", "reduce-overhead", dynamic=False),
     ),
     ("cuda", "ops"): (
         System("cublas", "eager", ops=("mm",)),

@@ -79,7 +79,8 @@ class OpWork:
             make = Maker(self.rows[case.group], self.device, self.dtype)
             self.made[case.group] = INPUTS[case.kind](make, *case.sizes)
         batched, shared = self.made[case.group]
-        return [*(t[: case.batch] for t in batched), *shared]
+        # Copied, because what lies behind the rows of a matrix may be read faster than nothing.
+        return [*(t[: case.batch].clone() for t in batched), *shared]
 
 
 def _with_gradients(function: Any) -> Callable[..., tuple[torch.Tensor, ...]]:

@@ -21,9 +21,10 @@ def under(system: System, function: Function, owner: Any = None) -> Function:
     if system.how == "inductor":
         return torch.compile(function, mode=system.mode, dynamic=system.dynamic)
     if system.how == "bicompile":
+        how: dict[str, Any] = {"mode": system.mode, "dynamic": system.dynamic}
         if owner is None:
-            return bicompile.compile(function, mode=system.mode)
-        forward: Function = bicompile.compile(owner, mode=system.mode).forward
+            return bicompile.compile(function, **how)
+        forward: Function = bicompile.compile(owner, **how).forward
         return forward
     if system.how == "eager":
         return function
