@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -38,13 +38,16 @@ if TYPE_CHECKING:
 
 MEMORY_OF_A_JOB = 2 << 30
 """Bytes of GPU memory that a process may need, its context included."""
+AT_ONCE = 8
+"""Schedules that an item tries: each of them is compiled, which takes seconds."""
 
 
 @dataclass(frozen=True)
 class Item:
     """A part of a problem of a bit class, by number: what is sent to a process.
 
-    `listed`: the schedules of the class that need not be tried.
+    `schedules`: those of the class that are tried besides the single one. `counts`: whether the
+    results count, which others of the same part have too.
     """
 
     module: str
@@ -52,7 +55,8 @@ class Item:
     bit_class: int
     problem: int
     part: int
-    listed: tuple[str, ...]
+    schedules: tuple[str, ...]
+    counts: bool
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -160,11 +164,14 @@ def _results(
     kept: Mapping[str, Family],
 ) -> Iterator[Result]:
     """What came out of the bit classes of a module."""
-    from bicompile.sweep import Result, join
+    from bicompile.sweep import Outcome, Result, join
 
     found: dict[int, list[Outcome | SweepFailed]] = defaultdict(list)
     for item in items:
-        found[item.bit_class].append(tried[item])
+        outcome = tried[item]
+        if isinstance(outcome, Outcome) and not item.counts:
+            outcome = dataclasses.replace(outcome, cases=0)
+        found[item.bit_class].append(outcome)
     for number, outcomes in found.items():
         c = _classes(name, depth)[number]
         c = _without(c, _listed(c, kept))
@@ -177,11 +184,14 @@ def _results(
 def _items(module: str, depth: Depth, kept: Mapping[str, Family]) -> Iterator[Item]:
     for i, bit_class in enumerate(_classes(module, depth)):
         listed = _listed(bit_class, kept)
-        if listed and not _without(bit_class, listed).others:
+        left = tuple(map(repr, _without(bit_class, listed).others))
+        if listed and not left:
             continue
         for j, problem in enumerate(bit_class.problems):
             for part in range(problem.parts):
-                yield Item(module, depth, i, j, part, listed)
+                for first in range(0, max(len(left), 1), AT_ONCE):
+                    some = left[first : first + AT_ONCE]
+                    yield Item(module, depth, i, j, part, some, counts=first == 0)
 
 
 def _listed(bit_class: BitClass, kept: Mapping[str, Family]) -> tuple[str, ...]:
@@ -193,8 +203,8 @@ def _listed(bit_class: BitClass, kept: Mapping[str, Family]) -> tuple[str, ...]:
     return listing.schedules if listing else ()
 
 
-def _without(bit_class: BitClass, listed: Sequence[str]) -> BitClass:
-    """A class of the schedules that are not listed; the single one stays, to compare with."""
+def _without(bit_class: BitClass, listed: Collection[str]) -> BitClass:
+    """A class less some of its schedules; the single one stays, to compare with."""
     left = [s for s in bit_class.others if repr(s) not in listed]
     return dataclasses.replace(bit_class, schedules=[bit_class.single, *left])
 
@@ -274,7 +284,8 @@ def work(item: Item) -> Outcome | SweepFailed | None:
 
     if not INTERPRETED and gpu_is_lost():
         return None
-    bit_class = _without(_classes(item.module, item.depth)[item.bit_class], item.listed)
+    bit_class = _classes(item.module, item.depth)[item.bit_class]
+    bit_class = _without(bit_class, {*map(repr, bit_class.others)}.difference(item.schedules))
     problem = bit_class.problems[item.problem]
     try:
         return check(bit_class, problem, "cpu" if INTERPRETED else "cuda", item.part)

@@ -81,6 +81,10 @@ FOUND = {
 VALUES = "random", "special", "subnormal"
 
 
+def honest_too(x):
+    return honest(x.clone())
+
+
 class Schedule:
     """A function that goes by its name."""
 
@@ -125,11 +129,8 @@ def test_what_leaves_the_class_is_found(sweep_of, planted):
 
 
 def test_equal_bits_are_certified(sweep_of):
-    def the_same(x):
-        return honest(x.clone())
-
-    result = sweep_of(make(the_same))
-    assert result.members == ("honest", "the_same")
+    result = sweep_of(make(honest_too))
+    assert result.members == ("honest", "honest_too")
     calls = 1 + 2 + 2 * 2  # whole, in two layouts, two ranges of rows in two layouts
     assert result.outcome.cases == calls * len(VALUES)
     listing = verify.certify([result], HERE).families["reduce"].classes["sums"]
@@ -141,15 +142,20 @@ def other():
     return make(single=splits_the_row)
 
 
-def test_a_problem_in_parts_is_the_same_problem(sweep_of):
-    whole = make(one_row_runs_another_body, needs_much_memory)
+@pytest.mark.parametrize("at_once", [1, 2, 8])
+def test_a_problem_in_parts_is_the_same_problem(sweep_of, monkeypatch, at_once):
+    """Parts of its calls, and some of the schedules at a time."""
+    whole = make(one_row_runs_another_body, needs_much_memory, honest_too, splits_the_row)
     (problem,) = whole.problems
-    for parts in (2, 3, 7):
+    expected = sweep_of(whole)
+    monkeypatch.setattr(verify, "AT_ONCE", at_once)
+    for parts in (1, 2, 3, 7):
         cut = dataclasses.replace(whole, problems=[dataclasses.replace(problem, parts=parts)])
-        seen = sweep_of(cut).outcome
-        expected = sweep_of(whole).outcome
-        assert (seen.cases, seen.digest) == (expected.cases, expected.digest)
-        assert {d.schedule for d in seen.differences} == {d.schedule for d in expected.differences}
+        seen = sweep_of(cut)
+        assert seen.outcome.cases == expected.outcome.cases
+        assert seen.outcome.digest == expected.outcome.digest
+        assert seen.members == expected.members == ("honest", "honest_too")
+        assert {d.schedule for d in seen.splits} == {d.schedule for d in expected.splits}
 
 
 def test_a_single_schedule_that_disagrees_with_itself_certifies_nothing(sweep_of):
