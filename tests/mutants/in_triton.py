@@ -249,6 +249,14 @@ MUTANTS = (
         ATTENTION,
     ),
     Mutant(
+        "a chunk ends a tile late",
+        "kernels/attention/tiles.py",
+        "        ends = False if SPLIT else (t % PER == 0) & (t > first_tile)\n",
+        "        ends = False if SPLIT else (t % PER == 1) & (t > first_tile)\n",
+        "one program merges other chunks than several do",
+        ATTENTION,
+    ),
+    Mutant(
         "chunks are merged from the end",
         "kernels/attention/tiles.py",
         "        mt, lt, at = merge_run(mt, lt, at, m0, l0, a0, scale, W // 2)\n"
@@ -273,5 +281,13 @@ MUTANTS = (
         "",
         "NaN in the value of a masked key reaches the row",
         ATTENTION,
+    ),
+    Mutant(
+        "verify tries the first schedules alone",
+        "bicompile/verify.py",
+        "                for first in range(0, max(len(left), 1), AT_ONCE):\n",
+        "                for first in range(0, 1, AT_ONCE):\n",
+        "a certificate lists schedules whose bits nobody compared",
+        ("tests/test_verify.py",),
     ),
 )
