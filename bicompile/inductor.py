@@ -145,7 +145,7 @@ SCALARIZED = (
 )
 
 LITTLE = 1 << 20
-"""Bytes whose memory is not worth a kernel."""
+"""Bytes: two kernels that read no more are joined, though each alone could reuse their memory."""
 _PREFIX = re.compile(r"#include .*cpp_prefix.*\n")
 _MISSING: Any = object()
 _lock = threading.RLock()
@@ -278,7 +278,7 @@ def _functions_of_sizes(printer: type[Any]) -> Iterator[tuple[Any, str, Any]]:
 
 
 def _raises_memory(of_any_size: Callable[..., bool]) -> Callable[..., bool]:
-    """Whether two kernels as one hold more memory, if it is more than LITTLE that they read."""
+    """Whether two kernels that read more than LITTLE hold more memory as one."""
 
     def raises(self: Any, *kernels: Any) -> bool:
         if not of_any_size(self, *kernels):

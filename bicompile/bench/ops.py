@@ -79,7 +79,7 @@ class OpWork:
             make = Maker(self.rows[case.group], self.device, self.dtype)
             self.made[case.group] = INPUTS[case.kind](make, *case.sizes)
         batched, shared = self.made[case.group]
-        # Copied, because what lies behind the rows of a matrix may be read faster than nothing.
+        # Copied: products are faster where memory goes on behind the rows (kernels/common/room.py).
         return [*(t[: case.batch].clone() for t in batched), *shared]
 
 
