@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -203,8 +203,8 @@ def _listed(bit_class: BitClass, kept: Mapping[str, Family]) -> tuple[str, ...]:
     return listing.schedules if listing else ()
 
 
-def _without(bit_class: BitClass, listed: Collection[str]) -> BitClass:
-    """A class less some of its schedules; the single one stays, to compare with."""
+def _without(bit_class: BitClass, listed: Sequence[str]) -> BitClass:
+    """A class of the schedules that are not listed; the single one stays, to compare with."""
     left = [s for s in bit_class.others if repr(s) not in listed]
     return dataclasses.replace(bit_class, schedules=[bit_class.single, *left])
 
@@ -285,7 +285,8 @@ def work(item: Item) -> Outcome | SweepFailed | None:
     if not INTERPRETED and gpu_is_lost():
         return None
     bit_class = _classes(item.module, item.depth)[item.bit_class]
-    bit_class = _without(bit_class, {*map(repr, bit_class.others)}.difference(item.schedules))
+    tried = [s for s in bit_class.others if repr(s) in item.schedules]
+    bit_class = dataclasses.replace(bit_class, schedules=[bit_class.single, *tried])
     problem = bit_class.problems[item.problem]
     try:
         return check(bit_class, problem, "cpu" if INTERPRETED else "cuda", item.part)

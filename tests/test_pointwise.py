@@ -274,8 +274,10 @@ def test_float32_functions_are_right_at_special_values():
 
 def snapshot() -> list[dict[str, object]]:
     from torch._inductor.codegen import cpp
+    from torch._inductor.scheduler import Scheduler
 
-    return [dict(vars(c)) for c in (cpp.CppOverrides, cpp.CppVecOverrides, cpp.KernelGroup)]
+    classes = cpp.CppOverrides, cpp.CppVecOverrides, cpp.KernelGroup, Scheduler
+    return [dict(vars(c)) for c in classes]
 
 
 def test_overrides_leave_inductor_as_it_was():
@@ -285,7 +287,7 @@ def test_overrides_leave_inductor_as_it_was():
         with inductor.overrides():
             assert snapshot() == inside
         assert snapshot() == inside
-    assert inside != before
+    assert all(now != then for now, then in zip(inside, before, strict=True))
     assert snapshot() == before
     with pytest.raises(ZeroDivisionError), inductor.overrides():
         raise ZeroDivisionError
