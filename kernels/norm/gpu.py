@@ -9,6 +9,7 @@ from triton.language.extra.cuda import num_threads
 
 from bicompile.kernels.common.blocks import held_sum, load_block, places, store_block
 from bicompile.kernels.common.launch import after_others
+from bicompile.kernels.common.room import empty_with_room
 from bicompile.kernels.common.trees import (
     BLOCK,
     INTERPRET,
@@ -193,6 +194,11 @@ def _flat(x: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Tensor:
     return stand_in if x is None else x.contiguous()
 
 
+def _result(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Memory for a result like x [M, K]; a product often follows."""
+    return empty_with_room(*x.shape, dtype=x.dtype, device=x.device).view(shape)
+
+
 def _normalise(x, weight, bias, out, stats, groups, channels, spatial, eps, chosen):
     mean, rstd = (torch.empty(stats, dtype=torch.float32, device=x.device) for _ in range(2))
     if mean.numel():
@@ -208,7 +214,7 @@ def _normalise(x, weight, bias, out, stats, groups, channels, spatial, eps, chos
 def layer_norm(input, normalized_ndim, weight, bias, eps, chosen=None):
     """(x - mean) * rstd * weight + bias over the last axes; out, mean and rstd (fp32)."""
     x, stats = _split(input, normalized_ndim)
-    out = torch.empty(input.shape, dtype=input.dtype, device=input.device)
+    out = _result(x, input.shape)
     return _normalise(x, weight, bias, out, stats, 1, x.shape[1], 1, eps, chosen)
 
 
@@ -225,7 +231,7 @@ def group_norm(input, weight, bias, groups, eps, chosen=None):
 def rms_norm(input, normalized_ndim, weight, eps, offset, round_first, chosen=None):
     """x * rsqrt(mean(x * x) + eps), times offset + weight."""
     x, _ = _split(input, normalized_ndim)
-    out = torch.empty(input.shape, dtype=input.dtype, device=input.device)
+    out = _result(x, input.shape)
     if out.numel():
         launch_rows(
             rms_norm_kernel, x, _flat(weight, x), out, *x.shape, *strides(x), float(eps),
