@@ -14,7 +14,7 @@ from bicompile.kernels.common.trees import BLOCK, LANES, pair_tree, strides
 from bicompile.kernels.reduce.rows import block_lanes, row_extreme
 
 CHAIN = 64  # more blocks of a row, or ..
-READ = 8192  # .. that all programs which need the sum read together, are joined in stages
+READ = 16384  # .. that all programs which need the sum read together, are joined in stages
 NODES = 16  # programs that the first stage has for a row
 
 
