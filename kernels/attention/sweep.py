@@ -22,7 +22,7 @@ MOST_USED = (2, 128)  # the class that a quick sweep tries most on: attention co
 LENGTHS = {
     Depth.SMALL: ((18, 40),),
     Depth.QUICK: ((70, 600), (1, 1100)),
-    Depth.FULL: ((70, 1100), (1, 1300), (600, 600), (6, 2100)),
+    Depth.FULL: ((70, 1100), (1, 1296), (608, 608), (6, 2096)),
 }
 #: Queries alone, as in decoding, and chunks of them.
 ROWS = {
