@@ -111,9 +111,10 @@ def _matmul_cuda(name: str, args: Arguments) -> Choice:
     kind += " pair" if name == "swiglu" else ""
     *_, rows, terms = (hint(n) for n in left.shape)
     weights = [*args.values()][1:4] if name == "qkv_proj" else [right]
-    columns = sum(hint(w.shape[-1]) for w in weights)
-    blocks = left.dim() == 2 and name != "qkv_proj" and columns % 8 == terms % 8 == 0
-    size = kind, _capability(), _processors(), rows, columns, terms, blocks
+    columns = [hint(w.shape[-1]) for w in weights]
+    blocks = left.dim() == 2 and not any(n % 8 for n in (*columns, terms))
+    least = min(columns) if blocks and len(columns) > 1 else 0
+    size = kind, _capability(), _processors(), rows, sum(columns), terms, blocks, 0, least
     here = torch.cuda.is_available()
     chosen = matmul_table.schedule(*size) if here else matmul_table.ranked(*size)[-1]
     return _choice(chosen, matmul_table.schedules(kind, _capability()))

@@ -1,5 +1,7 @@
 """The laws of the Triton kernels of matmul."""
 
+from types import SimpleNamespace
+
 import numpy
 import pytest
 import torch
@@ -24,6 +26,7 @@ from bicompile.kernels.attention import gpu as attention
 from bicompile.kernels.common.room import empty_with_room, rows_that_fit
 from bicompile.kernels.matmul import gpu as matmul
 from bicompile.kernels.matmul.table import schedules
+from bicompile.kernels.norm import gpu as norm
 
 KINDS = (
     ("half", DTYPES[0], False),
@@ -83,7 +86,42 @@ def test_results_that_a_product_reads_have_room():
     q, k = randn(3, 2, 5, 16, dtype=HALF), randn(3, 2, 7, 16, dtype=HALF)
     heads = attention.sdpa(q, k, k, None, False, 0.25).transpose(1, 2)
     assert heads.is_contiguous() and rows_that_fit(heads.reshape(15, 32)) == 16
+    normed = norm.rms_norm(q, 1, None, 0.0, 0.0, False), norm.layer_norm(q, 1, None, None, 0.0)[0]
+    for result in normed:
+        assert result.is_contiguous() and rows_that_fit(result.view(30, 16)) == 64
     assert rows_that_fit(empty_with_room(65, 8, dtype=HALF, device=q.device)) == 65
+
+
+@law
+@pytest.mark.parametrize("columns", [(72, 24, 40), (24, 40, 16), (33, 24, 24)])
+def test_q_k_v_are_three_products(columns):
+    """By every schedule, wherever the three lie; the last columns are too few for descriptors."""
+    a = randn(37, 136, dtype=HALF)
+    whole = randn(sum(columns) + 8, 136, dtype=HALF)
+    _, *parts = whole.split((8, *columns))
+    apart = [part.clone() for part in parts]
+    bias = [randn(n, dtype=HALF, seed=n) for n in columns]
+    for rows in (a[3:20], a[:1].clone()):
+        plain = tuple(matmul.mm(rows, w.t(), False) for w in parts)
+        for s in schedules("half", "9.0"):
+            three = (w.t() for w in apart)
+            same(matmul.qkv_proj(rows, *three, None, None, None, False, s), plain)
+    three = [w.t() for w in parts]
+    added = tuple(matmul.addmm(b, a, w, 1, 1, False) for b, w in zip(bias, three, strict=True))
+    same(matmul.qkv_proj(a, *three, *bias, False), added)
+    turned = a.t().contiguous().t()
+    blocks = next(s for s in schedules("half", "9.0") if s.tma and s.serves_several(16))
+    for order in ((0, 1, 2), (1, 2, 0), (2, 0, 1), (0, 0, 1), (1, 1, 1)):
+        three = [parts[i].t() for i in order]
+        wanted = tuple(matmul.mm(a, w, False) for w in three)
+        for left in (a, turned):
+            same(matmul.qkv_proj(left, *three, None, None, None, False, blocks), wanted)
+
+
+def test_weights_that_are_far_apart_have_no_common_descriptor():
+    """The steps of one have 40 bits."""
+    at = [SimpleNamespace(data_ptr=lambda where=where: where) for where in (0, 1 << 39, 1 << 40)]
+    assert matmul._are_near(at[:2]) and not matmul._are_near(at)
 
 
 @law

@@ -12,7 +12,7 @@ from bicompile.kernels.common.room import empty_with_room, rows_that_fit
 from bicompile.kernels.common.trees import strides
 from bicompile.kernels.matmul.schedules import PART, SINGLE, Schedule, kind_of
 from bicompile.kernels.matmul.table import schedule
-from bicompile.kernels.matmul.tiles import chain, chain_of_blocks, put, tile_of
+from bicompile.kernels.matmul.tiles import chain, chain_of_blocks, chain_of_boxes, put, tile_of
 
 QKV_ROWS = 128  # up to here q, k and v are one launch; above, each fills the device alone
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -135,6 +135,33 @@ def qkv_kernel(
         A, b, b, tile_m * BM, n0, M, n, D, sam, sak, sbd, sbn, BM, BN, BK, EVEN_K, KIND, False
     )
     put(acc, acc2, c, y, tile_m * BM, n0, M, n, 0, 1, 1.0, 1.0, END, TYPE, False, 1, BM, BN)
+
+
+@triton.jit(do_not_specialize=["M", "at_q", "at_k", "at_v"])
+def qkv_block_kernel(
+    A, W, CQ, CK, CV, YQ, YK, YV, M, NQ, NK, NV, D, sam, sak, at_q, at_k, at_v,
+    END: tl.constexpr, TYPE: tl.constexpr, EVEN_K: tl.constexpr, ALONG_M: tl.constexpr,
+    MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The same through tensor descriptors: W has all three, each at a place of its own."""
+    after_others(PDL)
+    num_m = tl.cdiv(M, BM)
+    in_q = tl.cdiv(NQ, BN)
+    in_k = in_q + tl.cdiv(NK, BN)
+    tile_m, tile_n = tile_of(tl.program_id(0), num_m, in_k + tl.cdiv(NV, BN))
+    m0 = tile_m * BM
+    if not MASKED:
+        m0 = tl.minimum(m0, tl.maximum(M - BM, 0))
+    is_q = tile_n < in_q
+    is_k = tile_n < in_k
+    c = tl.where(is_q, CQ, tl.where(is_k, CK, CV))
+    y = tl.where(is_q, YQ, tl.where(is_k, YK, YV))
+    n = tl.where(is_q, NQ, tl.where(is_k, NK, NV))
+    at = tl.where(is_q, at_q, tl.where(is_k, at_k, at_v))
+    n0 = (tile_n - tl.where(is_q, 0, tl.where(is_k, in_q, in_k))) * BN
+    n0 = tl.minimum(n0, n - BN)
+    acc = chain_of_boxes(A, W, at, m0, n0, M, D, sam, sak, BM, BN, BK, EVEN_K, ALONG_M, MASKED)
+    put(acc, acc, c, y, m0, n0, M, n, 0, 1, 1.0, 1.0, END, TYPE, False, 1, BM, BN)
 
 
 def _kind(x: torch.Tensor, tf32: bool) -> str:
@@ -286,23 +313,67 @@ def qkv_proj(self, q, k, v, q_bias, k_bias, v_bias, tf32, chosen=None):
     """self @ q + q_bias, self @ k + k_bias, self @ v + v_bias."""
     weights, biases = (q, k, v), (q_bias, k_bias, v_bias)
     m, d = self.shape
+    columns = [w.shape[1] for w in weights]
     alike = q.stride() == k.stride() == v.stride() and len({b is None for b in biases}) == 1
-    if not alike or not 0 < m <= QKV_ROWS or 0 in (d, *(w.shape[1] for w in weights)):
+    if not alike or not 0 < m <= QKV_ROWS or 0 in (d, *columns):
         pairs = zip(weights, biases, strict=True)
         return tuple(
             mm(self, w, tf32, chosen) if b is None else addmm(b, self, w, 1.0, 1.0, tf32, chosen)
             for w, b in pairs
         )
-    columns = [w.shape[1] for w in weights]
     kind = _kind(self, tf32)
-    s = _choose(kind, self[None], (), sum(columns), chosen)
+    s = _choose_for_several(kind, self, weights, chosen)
     out = [torch.empty((m, n), dtype=self.dtype, device=self.device) for n in columns]
     added = out if q_bias is None else [b.contiguous() for b in biases]
     tiles = triton.cdiv(m, s.bm) * sum(triton.cdiv(n, s.bn) for n in columns)
-    launch(
-        qkv_kernel, tiles, self, *weights, *added, *out, m, *columns, d, *strides(self),
-        *strides(q), END="" if q_bias is None else "addmm", KIND=kind,
-        TYPE=TYPES[self.dtype], EVEN_K=d % s.bk == 0, BM=s.bm, BN=s.bn, BK=s.bk,
-        num_warps=s.warps, num_stages=s.stages,
-    )  # fmt: skip
+    common = {"END": "" if q_bias is None else "addmm", "TYPE": TYPES[self.dtype]}
+    common |= {"BM": s.bm, "BN": s.bn, "BK": s.bk, "num_warps": s.warps, "num_stages": s.stages}
+    if s.tma:
+        along_m = not _is_blocked(self)
+        left = self if s.masked else _described(self, s.bm, s.bk, along_m, rows_that_fit(self))
+        boxes, places = _three_as_one(weights, s.bn, s.bk)
+        launch(
+            qkv_block_kernel, tiles, left, boxes, *added, *out, m, *columns, d, *strides(self),
+            *places, **common, EVEN_K=s.masked and d % s.bk == 0, ALONG_M=along_m, MASKED=s.masked,
+        )  # fmt: skip
+    else:
+        launch(
+            qkv_kernel, tiles, self, *weights, *added, *out, m, *columns, d, *strides(self),
+            *strides(q), **common, KIND=kind, EVEN_K=d % s.bk == 0,
+        )  # fmt: skip
     return tuple(out)
+
+
+def _choose_for_several(kind, a, weights, chosen):
+    """The schedule of a [M, K] times several matrices of equal strides (see `_choose`)."""
+    columns = [w.shape[1] for w in weights]
+    blocks = _is_blocked(weights[0].t()) and _are_near(weights)
+    blocks = blocks and all(_fits_blocks(a[None], [w[None]], w.shape[1]) for w in weights)
+    least = min(columns) if blocks else 0
+    if chosen is not None:
+        return chosen if chosen.serves_several(least) else SINGLE[kind]
+    room = rows_that_fit(a) if blocks else 0
+    size = len(a), sum(columns), a.shape[1]
+    return schedule(kind, capability(a.device), processors(a.device), *size, blocks, room, least)
+
+
+def _are_near(weights) -> bool:
+    """Whether one tensor descriptor can reach them all: its steps in bytes have 40 bits."""
+    places = [w.data_ptr() for w in weights]
+    return max(places) - min(places) < 1 << 40
+
+
+def _three_as_one(weights, bn, bk):
+    """Boxes of three weights [K, N] of equal strides that lie as [N, K], and the place of each.
+
+    Seen from the first in memory, each of the other two is one step along an axis of its own.
+    """
+    first, *others = sorted(range(3), key=lambda i: weights[i].data_ptr())
+    base, places, steps = weights[first].t(), [0, 0, 0], []
+    for axis, i in enumerate(others, 1):
+        step = (weights[i].data_ptr() - base.data_ptr()) // base.element_size()
+        places[i] = axis if step else 0
+        steps.append(step or base.stride(0))
+    shape = [2, 2, max(w.shape[1] for w in weights), base.shape[1]]
+    boxes = TensorDescriptor(base, shape, [*steps, base.stride(0), 1], [1, 1, bn, bk])
+    return boxes, places

@@ -38,6 +38,10 @@ class Schedule:
         """Columns of the tile's first product and of its second; 0 if it is one product."""
         return (self.bn // 3 * 2, self.bn // 3) if self.bn % 3 == 0 else (self.bn, 0)
 
+    def serves_several(self, columns: int) -> bool:
+        """Whether one launch can be of several products, none of which has fewer columns."""
+        return not self.tma or not (self.persistent or self.columns[1] or self.bn > columns)
+
 
 PART = 32  # pinned: terms of one chain of an "ieee" product, so its bk
 FAST_DOUBLE = ("8.0", "9.0")  # pinned: devices half as fast in float64 as in float32

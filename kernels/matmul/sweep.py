@@ -94,7 +94,7 @@ def _problems(kind: str, depth: Depth) -> Iterator[Problem]:
                 )  # fmt: skip
                 yield Problem(
                     f"qkv_proj {_name(dtype)} {min(m, 100)}x{k}x{n}", dtype,
-                    ((min(m, 100), k), (n, k), (n // 2 + 1, k), (n, k)), _qkv_proj(tf32),
+                    ((min(m, 100), k), (n, k), (n // 16 * 8, k), (n, k)), _qkv_proj(tf32),
                     rows[:2], values=("random", "ties"),
                 )  # fmt: skip
                 yield Problem(

@@ -93,22 +93,26 @@ TABLE: dict[str, tuple[Entry, ...]] = {
 
 
 def schedule(
-    kind: str, capability: str, processors: int, m: int, n: int, k: int, blocks: bool, room: int = 0
-) -> Schedule:
+    kind: str, capability: str, processors: int, m: int, n: int, k: int, blocks: bool,
+    room: int = 0, least: int = 0,
+) -> Schedule:  # fmt: skip
     """The schedule for m rows, n columns and k terms.
 
-    `blocks`: descriptors can be used. `room`: rows that can be read, if more than m.
+    `blocks`: descriptors can be used. `room`: rows that can be read, if more than m. `least`: the
+    columns are of several products, none of which has fewer.
     """
-    found = ranked(kind, capability, processors, m, n, k, blocks, room)
+    found = ranked(kind, capability, processors, m, n, k, blocks, room, least)
     return choose("matmul", kind, found[-1], SINGLE[kind], lambda: found)
 
 
 @functools.cache
 def ranked(
-    kind: str, capability: str, processors: int, m: int, n: int, k: int, blocks: bool, room: int = 0
-) -> tuple[Schedule, ...]:
+    kind: str, capability: str, processors: int, m: int, n: int, k: int, blocks: bool,
+    room: int = 0, least: int = 0,
+) -> tuple[Schedule, ...]:  # fmt: skip
     """What could serve, the fastest last; certified or not."""
     here = [s for s in schedules(kind, capability) if blocks or not s.tma]
+    here = [s for s in here if not least or s.serves_several(least)]
     entries = [e for e in table(kind, capability) if e.schedule in here]
     last = [e.schedule for e in by_time(entries, processors, m, n, k, room)]
     return (*(s for s in here if s not in last), *last)

@@ -123,6 +123,24 @@ def chain_of_blocks(
 
 
 @triton.jit
+def chain_of_boxes(
+    A, W, at, m0, n0, M, K, sam, sak,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
+    ALONG_M: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The same where W [2, 2, N, K] has a matrix at (0, 0), (1, 0) and (0, 1): 0, 1 and 2."""
+    acc = tl.zeros([BM, BN], tl.float32)
+    for k in tl.range(0, K, BK):
+        if MASKED:
+            x = _masked(A, m0, k, M, K, sam, sak, BM, BK, EVEN_K)
+        else:
+            x = _block(A, m0, k, ALONG_M)
+        w = tl.reshape(W.load([at % 2, at // 2, n0, k]), [BN, BK])
+        acc = tl.dot(x, w.T, acc)
+    return acc
+
+
+@triton.jit
 def _masked(A, m0, k0, M, K, sam, sak, BM: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr):
     """The block of A at (m0, k0) through pointers."""
     row = (m0 + tl.arange(0, BM))[:, None]

@@ -193,6 +193,14 @@ MUTANTS = (
         MATMUL,
     ),
     Mutant(
+        "the second of three weights in one descriptor is one step of the third's away",
+        "kernels/matmul/gpu.py",
+        "        places[i] = axis if step else 0\n",
+        "        places[i] = 3 - axis if step else 0\n",
+        "keys are computed by the weights of values",
+        MATMUL,
+    ),
+    Mutant(
         "a run of rows meets the next matrix",
         "kernels/matmul/gpu.py",
         "    mine = (before <= tile) & (tile < before + tiles)",
