@@ -278,13 +278,17 @@ def _functions_of_sizes(printer: type[Any]) -> Iterator[tuple[Any, str, Any]]:
 
 
 def _raises_memory(of_any_size: Callable[..., bool]) -> Callable[..., bool]:
-    """Whether two kernels that read more than LITTLE hold more memory as one."""
+    """Whether two kernels that read more than LITTLE hold more memory as one.
+
+    What a kernel only writes into, as a cache, stands among its reads as a whole (a `StarDep`).
+    """
+    from torch._inductor.dependencies import MemoryDep
 
     def raises(self: Any, *kernels: Any) -> bool:
         if not of_any_size(self, *kernels):
             return False
-        read = (self.dep_size_hint(d) for kernel in kernels for d in kernel.read_writes.reads)
-        return bool(sum(read) > LITTLE)
+        read = (d for k in kernels for d in k.read_writes.reads if isinstance(d, MemoryDep))
+        return bool(sum(map(self.dep_size_hint, read)) > LITTLE)
 
     return raises
 

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from pointwise_functions import FUNCTIONS, VARIANT, Function
 from torch import Tensor
+from torch._inductor import dependencies
 from torch._inductor.compile_fx import compile_fx_inner
 
 from bicompile import inductor
@@ -297,9 +299,14 @@ def test_overrides_leave_inductor_as_it_was():
 def test_small_kernels_are_joined_though_both_could_reuse_memory():
     # Else the keys and the values of a token go into a cache by a kernel each.
     def reading(*sizes):
-        return SimpleNamespace(read_writes=SimpleNamespace(reads=sizes))
+        cache = dependencies.StarDep("cache")
+        reads = [dependencies.MemoryDep(str(size), sympy.S.Zero, (), ()) for size in sizes]
+        return SimpleNamespace(read_writes=SimpleNamespace(reads=[*reads, cache]))
 
-    scheduler = SimpleNamespace(dep_size_hint=int)
+    def size(dep):
+        return int(dep.name) if dep.name != "cache" else 2 * inductor.LITTLE
+
+    scheduler = SimpleNamespace(dep_size_hint=size)
     always, never = (inductor._raises_memory(lambda *_, r=r: r) for r in (True, False))
     small, large = reading(2048, 8), reading(inductor.LITTLE)
     assert not always(scheduler, small, small)

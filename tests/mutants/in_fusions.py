@@ -255,4 +255,12 @@ MUTANTS = (
         "code that plain Inductor compiled is served to us",
         ("tests/test_caches.py", "tests/test_pointwise.py", "-k", "plain_inductor or stamp"),
     ),
+    Mutant(
+        "a cache counts as read where it is written",
+        "bicompile/inductor.py",
+        " for d in k.read_writes.reads if isinstance(d, MemoryDep))",
+        " for d in k.read_writes.reads)",
+        "keys and values go into a long cache by a kernel each",
+        ("tests/test_gpu_code.py", "tests/test_pointwise.py", "-k", "caches or small_kernels"),
+    ),
 )
