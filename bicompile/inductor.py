@@ -55,6 +55,7 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "split_reductions": (False, "splits sums by size"),
     "apply_gumbel_max_trick": (False, "respells sampling"),
     "use_fast_math": (False, "approximate functions"),
+    "triton.enable_pdl": (False, "its kernels wait for one before them, ours start before they do"),
     "emulate_precision_casts": (True, "each op rounds to its dtype, whatever is fused; no fma"),
     "eager_numerics.division_rounding": (True, "division rounds correctly on the GPU too"),
     "triton.codegen_upcast_to_fp32": (True, "half types compute in float32"),
