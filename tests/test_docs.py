@@ -102,6 +102,17 @@ def test_readme_states_the_measured_cost():
     assert stated == measured
 
 
+def test_readme_states_what_a_gpu_takes():
+    """Decoding at batch 1, 8, 32 and 128; the least and the most of prompts."""
+    (table,) = Report.load(ROOT / "docs/bench-h200.json").tables.values()
+    ratios = {row.what: row.ratio("inductor", "reduce-overhead") for row in table}
+    prompts = [ratio for what, ratio in ratios.items() if what.startswith("prefill")]
+    decoding = [ratios[f"decode 1024 batch {batch}"] for batch in (1, 8, 32, 128)]
+    (line,) = (line for line in README.splitlines() if line.startswith("On an H200:"))
+    measured = [f"{ratio:.2f}" for ratio in (*decoding, min(prompts), max(prompts))]
+    assert re.findall(r"\b[01]\.\d\d\b", line) == measured
+
+
 def test_the_performance_page_shows_the_figures_of_the_bench(monkeypatch):
     """After a new run: bicompile bench --page docs/performance.md docs/bench-*.json."""
     monkeypatch.chdir(ROOT)
