@@ -10,7 +10,7 @@ from bicompile import errors, tune
 pytest.importorskip("triton")
 from bicompile.kernels.matmul import candidates, table
 from bicompile.kernels.matmul.schedules import Schedule
-from bicompile.kernels.matmul.table import Entry
+from bicompile.kernels.matmul.table import Entry, by_time
 
 
 @pytest.mark.parametrize("kind", tune.LAYERS)
@@ -70,6 +70,17 @@ def test_times_are_read_as_they_are_written(tmp_path, monkeypatch):
     tune.write(tmp_path / "times-sm9.9.json", {"gpu": "one"}, found)
     monkeypatch.setattr(table, "__file__", str(tmp_path / "table.py"))
     assert {kind: table.table(kind, "9.9") for kind in found} == found
+
+
+@pytest.mark.parametrize(("room", "rows"), [(1, 1), (16, 16), (64, 16)])
+def test_a_row_is_read_as_the_tile_that_takes_least_where_there_is_room(room, rows):
+    def entry(rows, time, **how):
+        return Entry(rows, Schedule(max(rows, 16), 32, 128, 4, 4, **how), (time,))
+
+    masked = entry(16, 1.0, tma=True, masked=True)  # takes no more where a tile is not full
+    of_tiles = entry(16, 2.0, tma=True), entry(64, 2.5, tma=True)
+    found = by_time([entry(1, 3.0), masked, *of_tiles], 132, 1, 32, 4096, room)
+    assert found[-1].rows == rows and masked not in found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

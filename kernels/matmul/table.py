@@ -123,9 +123,9 @@ def by_time(
 ) -> list[Entry]:
     """The entries for m rows, the fastest last; those of whole tiles too, where there is room."""
     found = _timed(entries, processors, m, n, k)
-    if room > m:
-        whole = [e for e in entries if e.schedule.tma and not e.schedule.masked]
-        found += _timed(whole, processors, room, n, k)
+    whole = [e for e in entries if e.schedule.tma and not e.schedule.masked]
+    for rows in (r for r in ROWS if m < r <= room):
+        found += _timed(whole, processors, rows, n, k)
     return [e for _, e in sorted(found, key=lambda timed: timed[0], reverse=True)]
 
 
