@@ -7,7 +7,9 @@ nothing (`bicompile.kernels.common.launch`).
 
 from __future__ import annotations
 
+import functools
 import importlib
+import itertools
 import os
 from collections.abc import Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -49,19 +51,24 @@ def build(node: Node) -> None:
     """Launch an op with meta tensors: once if all sizes are known, else for each of SIZES.
 
     Of a product of sizes (sequences by tokens) each is set to it, and one with the others at 1.
+    A product of matrices may find memory behind its rows (`kernels/common/room.py`), or none.
     """
     from bicompile.kernels.common.launch import building_for
+    from bicompile.kernels.common.room import TILES
 
     schedules = one_schedule if node.target._overloadname == "single" else nullcontext  # type: ignore[union-attr]
     name = node.target.name().split("::")[1].split(".")[0]  # type: ignore[union-attr]
     launch = getattr(importlib.import_module(f"bicompile.kernels.{OPS[name].family}.gpu"), name)
     args = tree_map(value, node.args)
     symbols, of_strides = _symbols(args)
-    for size in SIZES if symbols else SIZES[:1]:
-        for others in (size, 1) if len(symbols) > 1 and OPS[name].family == "matmul" else (size,):
+    is_product = OPS[name].family == "matmul"
+    rooms = (0, TILES[-1]) if is_product else (0,)
+    for size, room in itertools.product(SIZES if symbols else SIZES[:1], rooms):
+        for others in (size, 1) if len(symbols) > 1 and is_product else (size,):
             sizes = dict.fromkeys(of_strides + symbols, others) | dict.fromkeys(symbols[:1], size)
+            stand_in = functools.partial(_with_sizes, sizes, room)
             with schedules(), building_for(device_of(node)), outside_tracing():
-                launch(*tree_map(lambda x, sizes=sizes: _with_sizes(x, sizes), args))
+                launch(*tree_map(stand_in, args))
 
 
 def _ops_on_gpu(gm: GraphModule) -> Iterator[Node]:
@@ -103,13 +110,15 @@ def _symbols(args: Any) -> tuple[list[Any], list[Any]]:
     return sorted(of_sizes, key=str), sorted(of_strides, key=str)
 
 
-def _with_sizes(x: Any, sizes: Mapping[Any, int]) -> Any:
-    """A tensor (on meta) or a number with a size for each symbol."""
+def _with_sizes(sizes: Mapping[Any, int], room: int, x: Any) -> Any:
+    """A tensor (on meta), with so many rows of memory behind it, or a number: sizes for symbols."""
 
     def number(n: Any) -> Any:
         return int(n.node.expr.xreplace(sizes)) if isinstance(n, torch.SymInt) else n
 
     if isinstance(x, torch.Tensor):
         shape, strides = ([number(n) for n in ns] for ns in (x.shape, x.stride()))
-        return torch.empty_strided(shape, strides, dtype=x.dtype, device="meta")
+        used = 1 + sum(max(n - 1, 0) * step for n, step in zip(shape, strides, strict=True))
+        memory = torch.empty(used + room * max(strides, default=0), dtype=x.dtype, device="meta")
+        return memory.as_strided(shape, strides)
     return number(x)

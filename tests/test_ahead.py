@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
 from bicompile.kernels.common import launch as launching
+from bicompile.kernels.common.room import rows_with_room
 from bicompile.kernels.matmul import gpu as matmul
 from bicompile.kernels.matmul.table import ranked
 from bicompile.kernels.reduce import parts, rows
@@ -55,9 +57,10 @@ def _served(built, *sizes):
     products = [o for kernel, o in built if kernel != "rms_norm_kernel"]
     tiles = {tuple(o.get(n, False) for n in names) for o in products}
     for n, k in sizes:
-        for m in range(2, 5000):
-            s = ranked("half", "9.0", 132, m, n, k, True)[-1]
-            assert (s.bm, s.columns[0], s.bk, s.warps, s.stages, s.masked) in tiles, m
+        for m, whole in itertools.product(range(2, 5000), (False, True)):
+            room = rows_with_room(m) if whole else m
+            s = ranked("half", "9.0", 132, m, n, k, True, room)[-1]
+            assert (s.bm, s.columns[0], s.bk, s.warps, s.stages, s.masked) in tiles, (m, room)
     return tiles
 
 
@@ -106,7 +109,21 @@ def test_known_sizes_are_built_once(built):
     with FakeTensorMode():  # as Inductor has it
         for node in nodes(gm):
             ahead.build(node)
-    assert len(built) == 3
+    names = [kernel for kernel, _ in built]
+    assert names == 2 * ["matmul_kernel"] + ["rms_norm_kernel"] + 2 * ["matmul_kernel"]
+
+
+def test_a_known_size_is_built_as_rows_with_memory_behind_them_need_it(built):
+    """One row is read as a tile of 16 or 64 rows then, by another kernel than where it has none."""
+    torch._dynamo.reset()
+    t, w = x(1, 4096, dtype=torch.bfloat16), x(4096, 4096).bfloat16()
+    gm, _, _, _ = rewrite(lambda t, w: t @ w, t, w)
+    for node in nodes(gm):
+        ahead.build(node)
+    wanted = [ranked("half", "9.0", 132, 1, 4096, 4096, True, room)[-1] for room in (1, 16)]
+    found = [(k == "block_kernel", o["BM"], o["BN"], o["BK"], o["num_stages"]) for k, o in built]
+    assert found == [(s.tma, s.bm, s.bn, s.bk, s.stages) for s in wanted]
+    assert len(set(found)) == 2
 
 
 def test_layers_that_are_alike_are_built_once(built, monkeypatch):
