@@ -11,7 +11,7 @@ import functools
 import importlib
 import itertools
 import os
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_flatten, tree_map
 
 from bicompile.certificate import one_schedule
-from bicompile.graph import device_of, subgraphs, value
+from bicompile.graph import device_of, hint, subgraphs, value
 from bicompile.inductor import outside_tracing
 from bicompile.registry import OPS
 
@@ -50,7 +50,6 @@ def kernels_built(gm: GraphModule) -> Iterator[None]:
 def build(node: Node) -> None:
     """Launch an op with meta tensors: once if all sizes are known, else for each of SIZES.
 
-    Of a product of sizes (sequences by tokens) each is set to it, and one with the others at 1.
     A product of matrices may find memory behind its rows (`kernels/common/room.py`), or none.
     """
     from bicompile.kernels.common.launch import building_for
@@ -60,15 +59,12 @@ def build(node: Node) -> None:
     name = node.target.name().split("::")[1].split(".")[0]  # type: ignore[union-attr]
     launch = getattr(importlib.import_module(f"bicompile.kernels.{OPS[name].family}.gpu"), name)
     args = tree_map(value, node.args)
-    symbols, of_strides = _symbols(args)
     is_product = OPS[name].family == "matmul"
     rooms = (0, TILES[-1]) if is_product else (0,)
-    for size, room in itertools.product(SIZES if symbols else SIZES[:1], rooms):
-        for others in (size, 1) if len(symbols) > 1 and is_product else (size,):
-            sizes = dict.fromkeys(of_strides + symbols, others) | dict.fromkeys(symbols[:1], size)
-            stand_in = functools.partial(_with_sizes, sizes, room)
-            with schedules(), building_for(device_of(node)), outside_tracing():
-                launch(*tree_map(stand_in, args))
+    for sizes, room in itertools.product(_sizes(args, is_product), rooms):
+        stand_in = functools.partial(_with_sizes, sizes, room)
+        with schedules(), building_for(device_of(node)), outside_tracing():
+            launch(*tree_map(stand_in, args))
 
 
 def _ops_on_gpu(gm: GraphModule) -> Iterator[Node]:
@@ -94,20 +90,39 @@ def _launched_as(node: Node) -> Hashable:
     return node.target, device_of(node), repr(structure), *map(describe, leaves)
 
 
-def _symbols(args: Any) -> tuple[list[Any], list[Any]]:
-    """What sizes and numbers depend on, in the order of their names; and strides."""
-    of_sizes: set[Any] = set()
-    of_strides: set[Any] = set()
+def _sizes(args: Any, is_product: bool) -> Iterator[dict[Any, int]]:
+    """What symbols are set to: each of SIZES.
 
-    def look(x: Any) -> None:
-        shape, strides = (x.shape, x.stride()) if isinstance(x, torch.Tensor) else ((x,), ())
-        for found, ns in ((of_sizes, shape), (of_strides, strides)):
-            for n in ns:
-                if isinstance(n, torch.SymInt):
-                    found.update(n.node.expr.free_symbols)
+    Of a product of sizes (sequences by tokens) each is set to it, and one with the others at 1.
+    Where the sizes of weights vary, too, they are also what the graph was traced with.
+    """
+    tensors = [x for x in tree_flatten(args)[0] if isinstance(x, torch.Tensor)]
+    numbers = [x for x in tree_flatten(args)[0] if isinstance(x, torch.SymInt)]
+    symbols = _symbols(itertools.chain(numbers, *(t.shape for t in tensors)))
+    of_strides = _symbols(itertools.chain(*(t.stride() for t in tensors)))
+    several = is_product and len(symbols) > 1
+    for size in SIZES if symbols else SIZES[:1]:
+        for others in (size, 1) if several else (size,):
+            yield dict.fromkeys(of_strides + symbols, others) | dict.fromkeys(symbols[:1], size)
+    of_weights = _symbols(t.shape[-1] for t in tensors if t.dim())
+    if several and of_weights:
+        rows = _symbols(itertools.chain(*(t.shape[:-1] for t in tensors)))
+        rows = [s for s in rows if s not in of_weights]
+        traced = _traced(itertools.chain(*((*t.shape, *t.stride()) for t in tensors)))
+        for size in SIZES:
+            yield dict.fromkeys(of_strides + symbols, size) | traced | dict.fromkeys(rows, size)
 
-    tree_map(look, args)
-    return sorted(of_sizes, key=str), sorted(of_strides, key=str)
+
+def _symbols(numbers: Iterable[Any]) -> list[Any]:
+    """What numbers depend on, in the order of their names."""
+    found = (n.node.expr.free_symbols for n in numbers if isinstance(n, torch.SymInt))
+    return sorted(set().union(*found), key=str)
+
+
+def _traced(numbers: Iterable[Any]) -> dict[Any, int]:
+    """What symbols were in the example that the graph was traced with."""
+    found = (n for n in numbers if isinstance(n, torch.SymInt) and n.node.expr.is_Symbol)
+    return {n.node.expr: hint(n) for n in found}
 
 
 def _with_sizes(sizes: Mapping[Any, int], room: int, x: Any) -> Any:

@@ -90,6 +90,18 @@ def test_rows_that_are_sequences_by_tokens(built):
     assert len(_served(built, (4096, 64))) >= 7
 
 
+def test_rows_times_weights_whose_sizes_vary(built):
+    """Weights that are no parameters: they are taken to be as they were when the graph was made."""
+    torch._dynamo.reset()
+    args = x(6, 64).bfloat16(), x(64, 32).bfloat16(), x(32, 4096).bfloat16()
+    for t, dim in itertools.product(args, (0, 1)):
+        torch._dynamo.maybe_mark_dynamic(t, dim)
+    gm, _, _, _ = rewrite(mlp, *args)
+    for node in nodes(gm):
+        ahead.build(node)
+    assert len(_served(built, (32, 64), (4096, 32))) >= 7
+
+
 def test_rows_whose_strides_vary(built):
     """The last token of each sequence: how far they stand apart follows from no size of theirs."""
     torch._dynamo.reset()
