@@ -188,7 +188,7 @@ def test_cases_of_the_random_model():
             assert work.sample(case, 3) > 0
             assert work.digests(case) == before
             assert len(set(before)) == 3
-            steps = {b: work._hold(Case(group, b))[2][0] for b in (1, 3)}
+            steps = {b: work.hold(Case(group, b))[2][0] for b in (1, 3)}
             logits = {b: work.forward(**step).logits[:1] for b, step in steps.items()}
             torch.testing.assert_close(logits[1], logits[3])  # the order of sums may differ
         work.forget()

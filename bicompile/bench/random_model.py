@@ -85,7 +85,7 @@ class RandomModel:
 
     def first(self, case: Case) -> float:
         """Seconds of the first call; a few more are made, until everything is recorded."""
-        cache, length, (step, *_) = self._hold(case)
+        cache, length, (step, *_) = self.hold(case)
         seconds = timing.elapsed(lambda: self.forward(**step))
         for _ in range(_WARM_CALLS if self.device == "cuda" else 0):
             set_length(cache, length)
@@ -94,7 +94,7 @@ class RandomModel:
 
     def sample(self, case: Case, calls: int) -> float:
         """Seconds of a step when so many follow each other."""
-        cache, length, steps = self._hold(case)
+        cache, length, steps = self.hold(case)
         set_length(cache, length)
         if case.kind == "decode":
             while len(steps) < calls:
@@ -105,7 +105,7 @@ class RandomModel:
 
     def digests(self, case: Case) -> list[str]:
         """A digest of each row's logits."""
-        cache, length, (step, *_) = self._hold(case)
+        cache, length, (step, *_) = self.hold(case)
         set_length(cache, length)
         return timing.row_digests(self.forward(**step).logits)
 
@@ -128,7 +128,7 @@ class RandomModel:
 
         return call
 
-    def _hold(self, case: Case) -> tuple[Any, int, list[dict[str, Any]]]:
+    def hold(self, case: Case) -> tuple[Any, int, list[dict[str, Any]]]:
         """The cache of a case, its length before a call, and the inputs of its first steps."""
         if case not in self.held:
             (length,) = case.sizes

@@ -1,4 +1,4 @@
-"""Schedules of the Triton matmul that are worth a try (`bicompile.tune`)."""
+"""Schedules of the Triton matmul that are worth a try (`bicompile.tune`, `.tune_steps`)."""
 
 from __future__ import annotations
 
@@ -27,6 +27,23 @@ def candidates(kind: str, rows: int, certified: bool = False) -> Iterator[Schedu
         for s in _certified(bm, kind) if certified else _tiles(bm, rows, factors_of(kind)):
             if s.masked or bm <= (least if s.tma else most):
                 yield s
+
+
+def candidates_in_steps(kind: str, rows: int) -> Iterator[Schedule]:
+    """Schedules of one tile of rows, which are whole, with every number of stages.
+
+    The deepest pipeline that fits is not always the fastest in a step: the kernel after it starts
+    in the shared memory that it leaves.
+    """
+    factors = factors_of(kind)
+    tiles = itertools.product((16, 32, 48, 64, 96, 128), (128, 256, 512), (4, 8))
+    for columns, terms, warps in tiles:
+        stage = (rows + columns * factors) * terms * 2
+        most = (SHARED - 1024 - rows * columns * 2) // stage
+        if columns * factors * terms >= 8192 and columns * factors <= 256:
+            for stages in range(2, min(most, 8) + 1):
+                if stages * stage >= 64 << 10:
+                    yield Schedule(rows, columns, terms, warps, stages, True)
 
 
 def factors_of(kind: str) -> int:

@@ -1,15 +1,16 @@
 """Which schedule of the Triton matmul serves which size.
 
 Certificates do not cover this file: it chooses among the schedules that they list. For devices with
-a file of times beside it, which `python -m bicompile.tune` writes, the schedule whose waves of
-tiles take least; for others by rows, what fits 99 KB of shared memory (sm_80 and later).
+files of times beside it: for sizes timed in whole steps (`python -m bicompile.tune_steps`) what was
+fastest there, for others the schedule whose waves of tiles take least (`python -m bicompile.tune`).
+For other devices by rows, what fits 99 KB of shared memory (sm_80 and later).
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,8 @@ class Entry:
         wave = self.waves[min(quarters, last) - 1] * max(quarters / last, 1.0)
         return wave * _ceil(k, s.bk) * s.bk / TERMS
 
+
+Size = tuple[str, int, int, int]
 
 TERMS = 4096
 MANY = 1 << 62
@@ -115,6 +118,10 @@ def ranked(
     here = [s for s in here if not least or s.serves_several(least)]
     entries = [e for e in table(kind, capability) if e.schedule in here]
     last = [e.schedule for e in by_time(entries, processors, m, n, k, room)]
+    in_steps = steps(capability).get((kind, counted(m), n, k))
+    if in_steps in here and (not in_steps.tma or in_steps.masked or in_steps.bm <= max(m, room)):
+        last.append(in_steps)
+    last = [s for i, s in enumerate(last) if s not in last[i + 1 :]]
     return (*(s for s in here if s not in last), *last)
 
 
@@ -129,12 +136,17 @@ def by_time(
     return [e for _, e in sorted(found, key=lambda timed: timed[0], reverse=True)]
 
 
+def counted(m: int) -> int:
+    """As how many rows m of them count."""
+    return next((r for r in ROWS if m <= r), m)
+
+
 def _timed(
     entries: Sequence[Entry], processors: int, m: int, n: int, k: int
 ) -> list[tuple[float, Entry]]:
     """The entries for m rows, and their times."""
     bound = min((e.rows for e in entries if m <= e.rows), default=0)
-    rows = next((r for r in ROWS if m <= r), ROWS[-1])
+    rows = min(counted(m), ROWS[-1])
     return [(e.time(processors, rows, n, k), e) for e in entries if e.rows == bound]
 
 
@@ -150,9 +162,21 @@ def table(kind: str, capability: str) -> tuple[Entry, ...]:
     )
 
 
+@functools.cache
+def steps(capability: str) -> Mapping[Size, Schedule]:
+    """What was fastest in the steps of models, by kind, rows (one of ROWS), columns and terms."""
+    file = Path(__file__).with_name(f"steps-sm{capability}.json")
+    timed = json.loads(file.read_text())["sizes"] if file.exists() else []
+    return {
+        (t["kind"], t["rows"], t["columns"], t["terms"]): Schedule(*t["schedule"]) for t in timed
+    }
+
+
 def schedules(kind: str, capability: str) -> tuple[Schedule, ...]:
     """Every schedule of a kind that runs on a device (one bit class), the single one first."""
-    return tuple(dict.fromkeys((SINGLE[kind], *(e.schedule for e in table(kind, capability)))))
+    in_steps = (s for (of, *_), s in steps(capability).items() if of == kind)
+    found = (e.schedule for e in table(kind, capability))
+    return tuple(dict.fromkeys((SINGLE[kind], *found, *in_steps)))
 
 
 def _ceil(a: int, b: int) -> int:
