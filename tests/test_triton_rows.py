@@ -95,6 +95,8 @@ def test_a_row_does_not_see_its_batch(op, k):
 @pytest.mark.parametrize("op", [op for op in ROW_OPS if op not in NORMS])
 def test_rows_in_parts(op, k):
     """Programs that share a row give the bits of one that has it for itself."""
+    if INTERPRET and k == 4097 and op not in REPRESENTATIVES:
+        pytest.skip("one of each kind is enough for the slow interpreter")
     x = randn(5, k + 3)[:, 1:-2]
     x[1, 4096], x[2, 7], x[3, 0], x[3, 4095] = NAN, INF, -INF, INF
     whole = ROW_OPS[op](x, chosen=reduce_table.LONG.single)
