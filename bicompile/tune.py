@@ -20,6 +20,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -173,8 +174,9 @@ class Weights:
             torch.mm(x, w)
 
 
-def build(tried: Mapping[int, Sequence[Schedule]], weights: Weights) -> None:
-    """Compile all kernels in parallel."""
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Let launches with meta tensors compile kernels in parallel; on leaving they are ready."""
     from triton import AsyncCompileMode
 
     from bicompile.kernels.common.launch import building_for
@@ -184,6 +186,12 @@ def build(tried: Mapping[int, Sequence[Schedule]], weights: Weights) -> None:
         AsyncCompileMode(pool, ignore_errors=True),
         building_for(torch.device("cuda", torch.cuda.current_device())),
     ):
+        yield
+
+
+def build(tried: Mapping[int, Sequence[Schedule]], weights: Weights) -> None:
+    """Compile all kernels."""
+    with compiling():
         for rows in tried:
             meta = [x.to("meta") for x in weights.operands(ROWS[rows], 4096, 4096)[0]]
             for s in tried[rows]:

@@ -16,11 +16,9 @@ import argparse
 import functools
 import json
 import math
-import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
@@ -40,6 +38,7 @@ from bicompile.kernels.matmul.schedules import Schedule
 from bicompile.kernels.matmul.table import Size, counted, schedules
 from bicompile.machine import check_device, machine, title
 from bicompile.testing import bits
+from bicompile.tune import compiling
 
 LAYERS = 4
 MODELS = {
@@ -255,18 +254,10 @@ def _bytes(size: Size) -> int:
 
 
 def build(tries: Mapping[Size, Sequence[Schedule]], steps: Steps) -> None:
-    """Compile what will be tried, in parallel, as layers of Qwen and Llama launch it."""
-    from triton import AsyncCompileMode
-
-    from bicompile.kernels.common.launch import building_for
-
+    """Compile what will be tried, as layers of Qwen and Llama launch it."""
     launch: Any = gpu
     like: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        AsyncCompileMode(pool, ignore_errors=True),
-        building_for(torch.device("cuda", torch.cuda.current_device())),
-    ):
+    with compiling():
         for size, some in tries.items():
             kind, _, n, k = size
             x, added = (empty_with_room(steps.batch, columns, **like) for columns in (k, n))
