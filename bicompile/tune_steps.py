@@ -17,6 +17,7 @@ import functools
 import json
 import math
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from rich.console import Console
 from bicompile.bench import timing
 from bicompile.bench.cases import OURS, Case, Shapes, System
 from bicompile.bench.random_model import RandomModel, set_length
+from bicompile.kernels.common.launch import capability
 from bicompile.kernels.common.room import TILES, empty_with_room, rows_with_room
 from bicompile.kernels.matmul import gpu, table
 from bicompile.kernels.matmul.candidates import candidates_in_steps, factors_of
@@ -177,8 +179,8 @@ class Steps:
     def tries(self, size: Size) -> list[Schedule]:
         """What may serve a size: tiles that are whole where rows have room behind them."""
         kind, tile = size[0], rows_with_room(self.batch)
-        capability = ".".join(map(str, torch.cuda.get_device_capability()))
-        in_use = (s for s in schedules(kind, capability) if s.bm <= tile and not s.persistent)
+        known = schedules(kind, capability(torch.device("cuda")))
+        in_use = (s for s in known if s.bm <= tile and not s.persistent)
         found = dict.fromkeys((*candidates_in_steps(kind, tile), *in_use))
         return [s for s in found if not self.least[size] or s.serves_several(self.least[size])]
 
@@ -194,7 +196,8 @@ class Steps:
             if not torch.equal(self.logits(then), self.expected):
                 self.other.append(f"{size} {schedule}")
                 return math.inf
-        except Exception:  # too much shared memory, or too many registers
+        except Exception as error:  # too much shared memory, or too many registers
+            print(f"{size} {schedule}: {error}", file=sys.stderr)
             return math.inf
         with_it, without = self.record(then), self.recorded[1]
         return statistics.median(
@@ -233,7 +236,7 @@ class Steps:
         in_use: Callable[..., Schedule] = table.schedule
 
         def schedule(
-            kind: str, capability: str, processors: int, m: int, n: int, k: int, blocks: bool,
+            kind: str, device: str, processors: int, m: int, n: int, k: int, blocks: bool,
             room: int = 0, least: int = 0,
         ) -> Schedule:  # fmt: skip
             size = kind, counted(m), n, k
@@ -242,7 +245,7 @@ class Steps:
                 self.least[size] = least
             if size in chosen and blocks:
                 return chosen[size]
-            return in_use(kind, capability, processors, m, n, k, blocks, room, least)
+            return in_use(kind, device, processors, m, n, k, blocks, room, least)
 
         with mock.patch.object(gpu, "schedule", schedule):
             yield

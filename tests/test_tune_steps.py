@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
 
-from bicompile import errors
+from bicompile import certificate, errors
 
 pytest.importorskip("triton")
 from bicompile import tune_steps
 from bicompile.bench.cases import Shapes
-from bicompile.kernels.matmul import candidates, table
+from bicompile.kernels.matmul import candidates, gpu, table
 from bicompile.kernels.matmul.schedules import Schedule
 
 A, B, C, D = (Schedule(16, 32, 128, 4, stages, True) for stages in (3, 4, 5, 6))
@@ -63,6 +64,58 @@ def test_what_cannot_run_is_not_asked_for_again():
     found, asked = searched(lambda chosen: math.inf if B in chosen.values() else 1.0)
     assert found == {}
     assert asked.count((FIRST, B)) == 1 < asked.count((FIRST, A))
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Steps of a model that is not there: what they return and take follows what is chosen."""
+
+    def logits(self, chosen, seen=None):
+        if D in chosen.values():
+            raise RuntimeError("out of resource: shared memory")
+        return torch.tensor([1.0, 2.0 if C in chosen.values() else 3.0])
+
+    steps = object.__new__(tune_steps.Steps)
+    monkeypatch.setattr(tune_steps.Steps, "logits", logits)
+    monkeypatch.setattr(tune_steps.Steps, "record", lambda self, chosen: dict(chosen))
+    monkeypatch.setattr(
+        tune_steps.Steps, "seconds", lambda self, graph: 0.5 ** len({*graph.values()} & {A, B})
+    )
+    steps.expected, steps.other, steps.least = steps.logits({}), [], {}
+    steps.recorded = {}, steps.record({})
+    return steps
+
+
+def test_a_schedule_is_timed_beside_what_was_chosen(recorded):
+    assert recorded.ratio({}, {}, FIRST, A, 3) == 0.5
+    assert recorded.ratio({}, {FIRST: A}, SECOND, B, 3) == 0.5
+    assert recorded.ratio({FIRST: A}, {SECOND: B}, SECOND, B, 3) == 1.0
+    assert recorded.recorded[0] == {FIRST: A, SECOND: B}
+    assert recorded.other == []
+
+
+def test_other_bits_are_left_out_and_named(recorded):
+    assert recorded.ratio({}, {}, FIRST, C, 3) == math.inf
+    assert recorded.other == [f"{FIRST} {C}"]
+
+
+def test_what_cannot_run_is_said(recorded, capsys):
+    assert recorded.ratio({}, {}, FIRST, D, 3) == math.inf
+    assert recorded.other == []
+    assert "out of resource" in capsys.readouterr().err
+
+
+def test_launches_take_what_is_tried_and_sizes_are_counted(recorded):
+    def asked(blocks=True):
+        with certificate.one_schedule():  # needs no device
+            return gpu.schedule("half", "9.0", 132, 1, 64, 64, blocks, 16, 32)
+
+    seen, before = Counter(), asked()
+    with recorded.using({SECOND: A}, seen):
+        assert asked() == A != before
+        assert asked(blocks=False) != A  # A is of descriptors
+    assert asked() == before
+    assert seen == {SECOND: 2} and recorded.least == {SECOND: 32}
 
 
 @pytest.fixture
